@@ -1,0 +1,162 @@
+"""What a plugin may see of a run, and typed state that plugins share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from trainer_core import rng
+from trainer_core.errors import PluginError
+from trainer_core.types import ForwardPlan, ModelInputs, ModelSpec, Moment, Placement, Prompt
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from trainer_core.capabilities import Model
+    from trainer_core.settings.core import CoreSettings
+
+T = TypeVar("T")
+
+
+class Key(Generic[T]):
+    """A typed name for shared state. Identity is the key, so two plugins cannot collide by spelling."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"Key({self.name!r})"
+
+
+class State:
+    """Values under typed keys. Reading one that nobody has set is an error that names the key."""
+
+    def __init__(self) -> None:
+        self._values: dict[Key[Any], Any] = {}
+
+    def __setitem__(self, key: Key[T], value: T) -> None:
+        self._values[key] = value
+
+    def __getitem__(self, key: Key[T]) -> T:
+        if key not in self._values:
+            raise PluginError(f"nothing has set the shared state {key!r} yet")
+        value: T = self._values[key]
+        return value
+
+    def __contains__(self, key: Key[Any]) -> bool:
+        return key in self._values
+
+
+class Run:
+    """One run, as plugins see it.
+
+    settings: the core keys. output_dir: where everything that the run writes lies. device, placement:
+    where weights go. spec: known after ``describe_model``; model: after ``load_model``. moment: the
+    current optimiser step, micro step and rank. state: values shared under a Key. prompts: what
+    ``validate`` renders. Reading spec or model too early is an error that says so.
+    """
+
+    def __init__(
+        self,
+        settings: CoreSettings,
+        *,
+        placement: Placement,
+        output_dir: Path,
+        rank: int = 0,
+        world_size: int = 1,
+        notify: Callable[[str], None] = print,
+    ) -> None:
+        self.settings = settings
+        self.placement = placement
+        self.output_dir = output_dir
+        self.rank = rank
+        self.world_size = world_size
+        self.state = State()
+        self.moment = Moment(step=0, rank=rank)
+        self.prompts: tuple[Prompt, ...] = ()
+        self._notify = notify
+        self._said: set[str] = set()
+        self._spec: ModelSpec | None = None
+        self._model: Model | None = None
+        self._captions: Callable[[str], Mapping[str, Tensor]] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the accelerator, or the CPU."""
+        return self.placement.device
+
+    @property
+    def seed(self) -> int:
+        """Seed that every draw derives from."""
+        return self.settings.seed
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Facts about the model that are known without its weights."""
+        if self._spec is None:
+            raise PluginError("run.spec is known only after describe_model")
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: ModelSpec) -> None:
+        self._spec = spec
+
+    @property
+    def model(self) -> Model:
+        """The loaded model."""
+        if self._model is None:
+            raise PluginError("run.model is known only after load_model")
+        return self._model
+
+    @model.setter
+    def model(self, model: Model) -> None:
+        self._model = model
+
+    def generator(
+        self,
+        purpose: str,
+        *parts: int | str,
+        moment: Moment | None = None,
+        device: str | torch.device = "cpu",
+    ) -> torch.Generator:
+        """Return a generator for (seed, purpose, step, micro step, rank, parts).
+
+        ``purpose`` begins with the plugin's name. ``moment`` defaults to the current one.
+        """
+        at = moment or self.moment
+        return rng.generator(self.seed, purpose, at.step, at.micro, at.rank, *parts, device=device)
+
+    def predict(self, inputs: ModelInputs) -> Tensor:
+        """Return the model's prediction (B, C, F, H, W): no gradient, eval mode, no routes, no taps."""
+        import torch
+
+        network = self.model.networks[inputs.role]
+        was_training = network.training
+        network.eval()
+        try:
+            with torch.no_grad():
+                return self.model.predict(inputs, ForwardPlan())[0]
+        finally:
+            network.train(was_training)
+
+    def encoded_caption(self, caption: str) -> Mapping[str, Tensor]:
+        """Return the cached encoder outputs of a validation prompt or the empty caption, unbatched."""
+        if self._captions is None:
+            raise PluginError("captions are encoded only after the caching stage")
+        return self._captions(caption)
+
+    def set_captions(self, read: Callable[[str], Mapping[str, Tensor]]) -> None:
+        """Core's own: tell where encoded captions are read."""
+        self._captions = read
+
+    def say(self, message: str) -> None:
+        """Show a line to the user."""
+        self._notify(message)
+
+    def say_once(self, message: str) -> None:
+        """Show a line to the user the first time it comes."""
+        if message not in self._said:
+            self._said.add(message)
+            self._notify(message)

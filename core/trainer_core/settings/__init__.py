@@ -1,0 +1,1 @@
+"""Settings: one flat namespace of keys; each key has exactly one owner, core or a plugin."""
