@@ -129,11 +129,12 @@ def compute_loss(run: Run, batch: Batch, output: StepOutput) -> LossTerm | None:
 
 
 @hookspec(firstresult=True)
-def save_weights(run: Run, folder: Path) -> Sequence[str] | None:
+def save_weights(run: Run, folder: Path, final: bool) -> Sequence[str] | None:
     """Write what is trained in the form in which people use it.
 
-    Called for every checkpoint and at the end, for live and for averaged weights. First result: the
-    adapter's plugin answers with an adapter, the model's plugin without one.
+    Called for every checkpoint and, with ``final``, at the end (live and averaged weights): then a full
+    fine-tune writes all that is needed to use it. First result: the adapter's plugin answers with an
+    adapter, the model's plugin without one.
     Returns: the names of the files written below ``folder``; ``load_weights`` restores from them the
     same bits. Must not count a file as written before it was read back and compared.
     """

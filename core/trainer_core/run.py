@@ -53,7 +53,7 @@ class Run:
     """One run, as plugins see it.
 
     settings: the core keys. output_dir: where everything that the run writes lies. device, placement:
-    where weights go. spec: known after ``describe_model``; model: after ``load_model``. moment: the
+    where weights go. taps: blocks whose outputs are captured. spec: known after ``describe_model``; model: after ``load_model``. moment: the
     current optimiser step, micro step and rank. state: values shared under a Key. prompts: what
     ``validate`` renders. Reading spec or model too early is an error that says so.
     """
@@ -76,6 +76,7 @@ class Run:
         self.state = State()
         self.moment = Moment(step=0, rank=rank)
         self.prompts: tuple[Prompt, ...] = ()
+        self.taps: set[int] = set()
         self._notify = notify
         self._said: set[str] = set()
         self._spec: ModelSpec | None = None
@@ -127,6 +128,23 @@ class Run:
         """
         at = moment or self.moment
         return rng.generator(self.seed, purpose, at.step, at.micro, at.rank, *parts, device=device)
+
+    def request_tap(self, block: int) -> int:
+        """Ask for the hidden states behind a block in every training forward, from ``attach`` on.
+
+        block: index, negative from the end. Returns the index under which ``StepOutput.taps`` holds
+        them. ``run.taps.discard(index)`` ends it.
+        """
+        from trainer_core.capabilities import Blocks
+
+        if not isinstance(self.model, Blocks):
+            raise PluginError("a tap was requested, but the model is not a stack of blocks (Blocks)")
+        num_blocks = min(len(stack.blocks) for stack in self.model.stacks().values())
+        index = block + num_blocks if block < 0 else block
+        if not 0 <= index < num_blocks:
+            raise PluginError(f"a tap was requested behind block {block}; it has {num_blocks} blocks")
+        self.taps.add(index)
+        return index
 
     def predict(self, inputs: ModelInputs) -> Tensor:
         """Return the model's prediction (B, C, F, H, W): no gradient, eval mode, no routes, no taps."""

@@ -1,0 +1,61 @@
+"""Where this process runs: device, dtype, rank. The only module that asks for the world size."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from trainer_core.errors import ConfigError, Problem
+from trainer_core.optim import trained_dtype
+from trainer_core.settings.core import CoreSettings
+from trainer_core.types import Placement
+
+
+def world() -> tuple[int, int]:
+    """Return (rank, number of processes); more than one process is refused."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1:
+        text = "several processes are not built yet."
+        way_out = "Start a single process, without torchrun or accelerate launch."
+        raise ConfigError([Problem("WORLD_SIZE", text, size, "environment", way_out)])
+    return 0, 1
+
+
+def placement(settings: CoreSettings) -> Placement:
+    """Return where the weights go, and in which dtypes."""
+    device = _device(settings.device)
+    dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
+    trained = trained_dtype(
+        settings.optimizer,
+        model_type=settings.model_type,
+        mixed_precision=settings.mixed_precision,
+    )
+    return Placement(device=device, dtype=dtype, trained_dtype=trained)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        mps = torch.backends.mps.is_available()
+        return torch.device("mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        way_out = 'Leave it at "auto", or name a device that torch finds here.'
+        text = f"cannot be used: {str(error).splitlines()[0]}."
+        raise ConfigError([Problem("device", text, name, way_out=way_out)]) from error
+    return device
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the peak memory so far: the allocator's on CUDA, the process's elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,85 @@
+"""Files that are either whole or absent: digests, atomic writes, tensors and JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHUNK_BYTES = 1 << 22
+
+
+def digest_file(path: Path) -> str:
+    """Return the BLAKE2b-160 digest of a file's bytes, read as a stream."""
+    state = hashlib.blake2b(digest_size=20)
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """Return the BLAKE2b-160 digest of a JSON-able value, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the entries of a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name, force it to the disk, and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, whole or not at all."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors, whole or not at all; each is copied to the CPU, contiguous."""
+    from safetensors.torch import save
+
+    ready = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    write_bytes(path, save(ready, metadata=dict(metadata) if metadata else None))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file."""
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder so that a half-deleted one never carries its old name."""
+    doomed = path.with_name(f".{path.name}.deleted")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
