@@ -179,10 +179,14 @@ def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
                 tensors[f"{index}/{name}"] = value
             else:
                 plain.setdefault(str(index), {})[name] = value
-    groups = [
-        {name: value for name, value in group.items() if name != "params"}
-        for group in state["param_groups"]
-    ]
+    groups: list[dict[str, Any]] = []
+    for index, group in enumerate(state["param_groups"]):
+        groups.append({})
+        for name, value in group.items():
+            if isinstance(value, Tensor):  # torch-optimi keeps step counters here
+                tensors[f"group{index}/{name}"] = value
+            elif name != "params":
+                groups[index][name] = value
     write_tensors(folder / "optimizer.safetensors", tensors)
     write_json(folder / "optimizer.json", {"state": plain, "param_groups": groups})
 
@@ -193,6 +197,11 @@ def load_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in checkpoint.tensors("optimizer.safetensors").items():
         index, _, key = name.partition("/")
+        if index.startswith("group"):
+            group = optimizer.param_groups[int(index.removeprefix("group"))]
+            before = group.get(key)
+            group[key] = value.to(before.device) if isinstance(before, Tensor) else value
+            continue
         parameter = parameters[int(index)]
         # a step counter stays where the optimiser made it; state lies beside its parameter
         device = "cpu" if value.dim() == 0 else parameter.device
@@ -246,14 +255,3 @@ def check_same_run(
             "with --resume_from_checkpoint none."
         )
 
-
-def remove_all(output_dir: Path, *, say: Callable[[str], None]) -> None:
-    """Move the checkpoints of an earlier run aside when a run starts afresh in the same folder."""
-    found = steps(output_dir)
-    if not found:
-        return
-    aside = output_dir / f"earlier-run-{os.getpid()}"
-    aside.mkdir()
-    for step in found:
-        (output_dir / f"checkpoint-{step}").rename(aside / f"checkpoint-{step}")
-    say(f"checkpoints of an earlier run were moved to {aside}")

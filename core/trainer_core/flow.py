@@ -87,7 +87,7 @@ class SigmaSampler:
 
     def _bounds(self, expert: Expert, shift: float) -> tuple[Tensor, Tensor]:
         ends = torch.tensor([expert.sigma_min, expert.sigma_max], dtype=torch.float64)
-        low, high = self._cdf(shifted(ends, 1 / shift))
+        low, high = self._cdf(shifted(ends, 1 / shift).clamp(0, 1))  # rounding may leave [0, 1]
         return low, high
 
     def _quantile(self, u: Tensor) -> Tensor:

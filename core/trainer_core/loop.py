@@ -2,139 +2,147 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainer_core import persistence, validation
-from trainer_core.blocks import Route, compose_routes, draw_plan
-from trainer_core.capabilities import Blocks, TokenGrid
+from trainer_core.blocks import compose_routes, draw_plan
+from trainer_core.capabilities import Blocks
 from trainer_core.data import CachedData, Loader
 from trainer_core.ema import Ema
 from trainer_core.errors import PluginError
 from trainer_core.flow import SigmaSampler, draw_inputs
-from trainer_core.metrics import EventLog, Meter, Trackers
+from trainer_core.metrics import Meter
 from trainer_core.optim import clip_gradients, learning_rate
 from trainer_core.phases import phase, residency
 from trainer_core.plugins import Host
 from trainer_core.progress import Display
+from trainer_core.reporting import Reporter
 from trainer_core.run import Run
-from trainer_core.trained import check_capabilities, trained_groups, trained_parameters
-from trainer_core.types import Batch, ForwardPlan, ModelInputs, ParameterGroup, Record
-
-
-@dataclass
-class Training:
-    """All that the loop works on. ``stop``: the signal that asked for an end, if any."""
-
-    run: Run
-    host: Host
-    display: Display
-    events: EventLog
-    trackers: Trackers
-    groups: Sequence[ParameterGroup]
-    routes: Sequence[Route]
-    optimizer: torch.optim.Optimizer
-    ema: Ema | None
-    sampler: SigmaSampler
-    loader: Loader
-    eval_batches: Mapping[str, Sequence[Batch]]
-    total_steps: int
-    run_id: str
-    step: int = 0
-    stop: signal.Signals | None = None
+from trainer_core.training import (
+    Training, check_model, loss_terms, num_tokens, parameter_groups, prepared, spatial_tokens,
+    trained_parameters,
+)  # fmt: skip
+from trainer_core.types import Batch, ForwardPlan, ModelInputs, Route, StepOutput
 
 
 def setup(
     run: Run, host: Host, data: CachedData, *, display: Display, start: persistence.Start
 ) -> Training:
     """Load the model, let plugins attach, compose what acts inside the forward, resume."""
+    settings = run.settings
     run.model = host.hooks.load_model(run=run)  # HOOK first result, wrapped
-    check_capabilities(run, host)
+    check_model(run, host)
     for plugin in host.plugins.values():
         if (attach := getattr(plugin, "attach", None)) is not None:
             attach(run)
-    groups = trained_groups(run, host)
-    routes = host.hooks.route_tokens(run=run)  # HOOK collected
-    moves = residency(host, run)
-    composed: Sequence[Route] = []
-    if isinstance(run.model, Blocks):
-        for stack in run.model.stacks().values():
-            composed = compose_routes(routes, len(stack.blocks))
-            stack.residency = moves
-    elif routes or moves:
-        raise PluginError("a route or residency was given, but the model is not a stack of blocks")
+    groups = parameter_groups(run, host)
+    routes = inside_the_forward(run, host)
     optimizer = host.hooks.build_optimizer(run=run, groups=groups)  # HOOK first result
     if optimizer is None:
-        raise PluginError(f"no plugin builds the optimizer {run.settings.optimizer!r}")
-    settings = run.settings
-    ema = None
-    if settings.use_ema:
-        averaged = trained_parameters(run)
-        ema = Ema(averaged, decay=settings.ema_decay, interval=settings.ema_update_interval)
+        raise PluginError(f"no plugin built the optimizer {settings.optimizer!r}")
+    averaged = trained_parameters(run) if settings.use_ema else {}
+    loader = Loader(data, run, start_step=start.step)
     training = Training(
         run=run, host=host, display=display, events=start.events, trackers=start.trackers,
-        groups=groups, routes=composed, optimizer=optimizer, ema=ema,
-        sampler=SigmaSampler(settings, run.spec.experts),
-        loader=(loader := Loader(data, run, start_step=start.step)),
+        meter=Meter(), groups=groups, routes=routes, optimizer=optimizer,
+        ema=Ema(averaged, decay=settings.ema_decay, interval=settings.ema_update_interval)
+        if averaged else None,
+        sampler=SigmaSampler(settings, run.spec.experts), loader=loader,
         eval_batches=loader.eval_batches(settings.num_eval_images),
-        total_steps=start.total_steps, run_id=start.run_id,
+        total_steps=persistence.total_steps(settings, loader), run_id=start.run_id,
+        data_digest=data.plan.digest, identity=start.identity, step=start.step,
     )  # fmt: skip
-    if start.checkpoint is not None:
-        persistence.restore(training, start.checkpoint)
+    persistence.restore(training, start.checkpoint)
     return training
+
+
+def inside_the_forward(run: Run, host: Host) -> Sequence[Route]:
+    """Compose routes and residency into the model's stacks of blocks; return the routes in order."""
+    found = host.hooks.route_tokens(run=run)  # HOOK collected
+    flat = [r for item in found for r in (item if isinstance(item, Sequence) else [item])]
+    moves = residency(host, run)
+    if not isinstance(run.model, Blocks):
+        if flat or moves:
+            raise PluginError("a plugin routes tokens or moves blocks, but the model has no Blocks")
+        return ()
+    for stack in run.model.stacks().values():
+        stack.residency = moves
+    return compose_routes(flat, min(len(stack) for stack in run.model.stacks().values()))
 
 
 def predict(training: Training, inputs: ModelInputs) -> tuple[Tensor, Mapping[int, Any]]:
     """Run the training forward with the routes drawn for this micro-step and the requested taps."""
     run, plan = training.run, ForwardPlan()
-    if isinstance(run.model, TokenGrid) and (training.routes or run.taps):
-        frames, rows, columns = run.model.token_grid(tuple(inputs.x_t.shape))
-        num_samples, num_tokens = inputs.x_t.shape[0], frames * rows * columns
+    if training.routes or run.taps:
+        num_samples, tokens = inputs.x_t.shape[0], num_tokens(run, inputs.x_t)
         taps = tuple(sorted(run.taps))
-        plan = draw_plan(training.routes, taps, num_samples, num_tokens, inputs.moment)
+        plan = draw_plan(
+            training.routes, taps, num_samples, tokens // num_samples, inputs.moment
+        )
     return run.model.predict(inputs, plan)
 
 
 def train_step(training: Training, batches: Sequence[Batch]) -> dict[str, Any]:
     """Do one optimiser step. Returns scalars on the device; nothing here synchronises the host."""
     run, host, settings = training.run, training.host, training.run.settings
+    share, step = 1 / len(batches), training.step + 1
     scalars: dict[str, Any] = {"loss": 0.0}
-    share = 1 / len(batches)
     for batch in batches:
         run.moment = batch.moment
-        inputs = draw_inputs(run, batch, training.sampler, persistence.spatial_tokens(run, batch))
-        for _, prepare in host.calls("prepare_inputs"):
-            inputs = prepare(run=run, inputs=inputs)  # HOOK chain
+        inputs = draw_inputs(run, batch, training.sampler, spatial_tokens(run, batch.latents))
+        inputs = prepared(host, run, inputs)
         with phase(host, run, "forward"):
             prediction, taps = predict(training, inputs)
-            output = host.output(prediction=prediction, inputs=inputs, taps=taps)
-            terms = host.loss_terms(run=run, batch=batch, output=output)  # HOOK summed by name
-        loss = torch.stack([term.value for term in terms]).sum(0).mean()
+            terms = loss_terms(host, run, batch, StepOutput(prediction, inputs, taps))
+            loss = torch.stack([term.value for term in terms]).sum(0).mean()
         with phase(host, run, "backward"):
-            (loss * share).backward()  # type: ignore[no-untyped-call]
-        scalars["loss"] = scalars["loss"] + loss.detach() * share
+            (loss * share).backward()  # type: ignore[no-untyped-call]  # torch's own signature
+        summed = {"loss": loss}
         for term in terms:
-            for name, value in {term.name: term.value.mean(), **term.metrics}.items():
-                scalars[name] = scalars.get(name, 0.0) + value.detach() * share
+            summed |= {term.name: term.value.mean(), **term.metrics}
+        for name, value in summed.items():
+            scalars[name] = scalars.get(name, 0.0) + value.detach() * share
     with phase(host, run, "update"):
-        parameters = [p for group in training.groups for _, p in group.parameters]
         scalars["grad_norm"] = clip_gradients(
-            parameters, limit=settings.max_grad_norm, method=settings.grad_clip_method
+            training.parameters, limit=settings.max_grad_norm, method=settings.grad_clip_method
         )
-        step = training.step + 1
         for group, made in zip(training.optimizer.param_groups, training.groups, strict=True):
             base = made.learning_rate or settings.learning_rate
-            group["lr"] = learning_rate(
-                step, settings=settings, base=base, total=training.total_steps
-            )
+            rate = learning_rate(step, settings=settings, base=base, total=training.total_steps)
+            group["lr"] = rate
         scalars["lr"] = training.optimizer.param_groups[0]["lr"]
         training.optimizer.step()
         if training.ema is not None:
             training.ema.update(step)
         training.optimizer.zero_grad(set_to_none=True)
+    training.step = step
     return scalars
+
+
+def train(training: Training) -> None:
+    """Train to the last step, or until a signal asks for an end; a checkpoint is written either way."""
+    run, settings, reporter = training.run, training.run.settings, Reporter(training)
+    validation.duties(training)
+    for network in run.model.networks.values():
+        network.train()
+    every, total = settings.log_step_interval, training.total_steps
+    batches = iter(training.loader)
+    with training.display.task("step", total, start=training.step, every=every) as advance:
+        while training.step < total and training.stop is None:
+            reporter.start_step()
+            group = next(batches)
+            scalars = train_step(training, group)
+            ends = training.step == total or training.stop is not None
+            due = ends or validation.is_due(settings.checkpoint_step_interval, training.step)
+            flush = due or validation.renders(training) or validation.measures(training)
+            advance(1, reporter.end_step(group, scalars, flush=flush))
+            if due:
+                persistence.save(training)
+            if training.stop is None:
+                validation.duties(training)
+    if training.stop is None:
+        persistence.finish(training)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import threading
@@ -67,9 +68,10 @@ class Trackers:
         if self._thread is not None:
             self._queue.put(record)
 
-    def close(self, timeout_s: float = 60.0) -> None:
-        """Let the queue run dry and stop the thread."""
+    def end(self, step: int, *, timeout_s: float = 60.0) -> None:
+        """Tell the trackers that the run ends, let the queue run dry and stop the thread."""
         if self._thread is not None:
+            self._queue.put(Record("end", step=step))
             self._queue.put(None)
             self._thread.join(timeout_s)
             if self._thread.is_alive():
@@ -124,8 +126,6 @@ class Meter:
 
 
 def _check_finite(step: int, values: Mapping[str, float], sample_ids: Sequence[str]) -> None:
-    import math
-
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
         raise TrainerError(

@@ -52,6 +52,31 @@ def is_due(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
+def renders(training: Training) -> bool:
+    """Tell whether samples are due after the step just done (step 0: of the untrained model)."""
+    settings, step = training.run.settings, training.step
+    interval = settings.validation_step_interval
+    if not training.run.prompts or interval == 0:
+        return False
+    return not settings.disable_benchmark if step == 0 else is_due(interval, step)
+
+
+def measures(training: Training) -> bool:
+    """Tell whether the held-out loss is due after the step just done."""
+    if not training.eval_batches:
+        return False
+    ends = training.step in (0, training.total_steps)
+    return ends or is_due(training.run.settings.eval_steps_interval, training.step)
+
+
+def duties(training: Training) -> None:
+    """Do what is due after the step just done: samples, held-out loss."""
+    if renders(training):
+        render(training, training.step)
+    if measures(training):
+        held_out_loss(training, training.step)
+
+
 def render(training: Training, step: int) -> None:
     """Render every prompt with the weights of ``step``, write the files, tell the trackers.
 
@@ -123,8 +148,6 @@ def _variants(training: Training, step: int) -> list[tuple[str, Any]]:
 @torch.no_grad()
 def held_out_loss(training: Training, step: int) -> dict[str, float]:
     """Measure the loss of every eval dataset at fixed noise and sigmas; record and return the means."""
-    if not training.eval_batches:
-        return {}
     result = {}
     with phase(training.host, training.run, "validate"), untouched(training):
         for dataset, batches in training.eval_batches.items():

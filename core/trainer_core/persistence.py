@@ -1,0 +1,220 @@
+"""What survives a run: where it starts, what a checkpoint holds, what is left at the end."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainer_core import checkpoint as checkpoints
+from trainer_core.checkpoint import Checkpoint
+from trainer_core.errors import CheckpointError, ConfigError, PluginError, Problem
+from trainer_core.files import write_tensors
+from trainer_core.metrics import EventLog, Trackers
+from trainer_core.phases import phase
+from trainer_core.types import Record
+
+if TYPE_CHECKING:
+    from trainer_core.data import Loader
+    from trainer_core.plugins import Host
+    from trainer_core.run import Run
+    from trainer_core.settings.core import CoreSettings
+    from trainer_core.training import Training
+
+EVENTS = "events.jsonl"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a resume must find unchanged, and what is written for people.
+
+    fixed: keys that decide what a step computes. versions: plugin → version. resolved: every key.
+    write: writes settings.json into a folder.
+    """
+
+    fixed: Mapping[str, Any]
+    versions: Mapping[str, str]
+    resolved: Mapping[str, Any]
+    write: Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: step 0, or a checkpoint."""
+
+    checkpoint: Checkpoint | None
+    run_id: str
+    events: EventLog
+    trackers: Trackers
+    identity: Identity
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps that are done already."""
+        return self.checkpoint.step if self.checkpoint else 0
+
+
+def find_start(run: Run, identity: Identity) -> Checkpoint | None:
+    """Return the checkpoint to go on from, after refusing one of another run; before heavy work."""
+    resume = run.settings.resume_from_checkpoint
+    found = checkpoints.find(run.output_dir, resume, say=run.say)
+    if found is not None:
+        checkpoints.check_same_run(
+            found, settings=identity.fixed, plugins=identity.versions, data=found.state["data"]
+        )
+    return found
+
+
+def begin(run: Run, host: Host, identity: Identity, checkpoint: Checkpoint | None) -> Start:
+    """Open the event log and the trackers; an earlier run's files are moved aside on a fresh start."""
+    run.output_dir.mkdir(parents=True, exist_ok=True)
+    if checkpoint is None:
+        _move_aside(run)
+    checkpoints.prune(run.output_dir, keep=0)
+    events = EventLog(run.output_dir / EVENTS)
+    events.cut(int(checkpoint.state["log_bytes"]) if checkpoint else 0)
+    trackers = Trackers(
+        [(name, _tracker(run, track)) for name, track in host.calls("track")], say=run.say
+    )
+    start = Start(
+        checkpoint=checkpoint,
+        run_id=checkpoint.state["run_id"] if checkpoint else uuid.uuid4().hex,
+        events=events,
+        trackers=trackers,
+        identity=identity,
+    )
+    identity.write(run.output_dir)
+    trackers.put(Record("start", step=start.step, settings=identity.resolved))
+    return start
+
+
+def _tracker(run: Run, track: Callable[..., None]) -> Callable[[Record], None]:
+    return lambda record: track(run=run, record=record)  # HOOK collected
+
+
+def _move_aside(run: Run) -> None:
+    steps = checkpoints.steps(run.output_dir)
+    if not steps:
+        return
+    number = 1
+    while (aside := run.output_dir / f"earlier-run-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for name in [f"checkpoint-{step}" for step in steps] + [EVENTS, "validation"]:
+        if (path := run.output_dir / name).exists():
+            shutil.move(path, aside / name)
+    run.say(f"An earlier run in {run.output_dir} was moved to {aside}.")
+
+
+def total_steps(settings: CoreSettings, loader: Loader) -> int:
+    """Return the optimiser steps of the whole run; the shorter of the two lengths bounds it."""
+    steps, epochs = settings.length
+    by_epochs = epochs * loader.steps_per_epoch if epochs else None
+    bounds = [bound for bound in (steps, by_epochs) if bound]
+    if not bounds:
+        text = "the run has no length."
+        way_out = "Set max_train_steps or num_train_epochs above 0."
+        raise ConfigError([Problem("max_train_steps", text, settings.max_train_steps, "", way_out)])
+    return min(bounds)
+
+
+def save(training: Training) -> Path:
+    """Write a checkpoint of the step just done, and drop the oldest ones beyond the limit."""
+    run, host = training.run, training.host
+    training.events.write("checkpoint", step=training.step)
+    state = {
+        "run_id": training.run_id,
+        "log_bytes": training.events.flush(),
+        "settings": dict(training.identity.fixed),
+        "plugins": dict(training.identity.versions),
+        "data": training.data_digest,
+        "total_steps": training.total_steps,
+    }
+    with phase(host, run, "save"):
+        folder = checkpoints.write(
+            run.output_dir, step=training.step, state=state, fill=partial(_fill, training)
+        )
+    checkpoints.prune(run.output_dir, keep=run.settings.checkpoints_total_limit)
+    return folder
+
+
+def _fill(training: Training, folder: Path) -> None:
+    run, host = training.run, training.host
+    _save_weights(training, folder, final=False)
+    checkpoints.save_optimizer(folder, training.optimizer)
+    if training.ema is not None:
+        write_tensors(folder / "ema.safetensors", training.ema.state_dict())
+    extra = _plugin_parameters(training)
+    if extra:
+        write_tensors(folder / "plugin_parameters.safetensors", extra)
+    for name, plugin in host.plugins.items():
+        if (state_dict := getattr(plugin, "state_dict", None)) is not None:
+            checkpoints.save_plugin(folder, name, state_dict())
+    training.identity.write(folder)
+    run.say_once(f"Checkpoints go to {run.output_dir}/checkpoint-*.")
+
+
+def _save_weights(training: Training, folder: Path, *, final: bool) -> list[str]:
+    run, hooks = training.run, training.host.hooks
+    folder.mkdir(parents=True, exist_ok=True)
+    written = hooks.save_weights(run=run, folder=folder, final=final)  # HOOK first result
+    if not written:
+        raise PluginError(
+            f"no plugin saved the weights of model_type {run.settings.model_type!r}; the adapter's or "
+            "the model's plugin must implement save_weights"
+        )
+    return list(written)
+
+
+def _plugin_parameters(training: Training) -> dict[str, torch.Tensor]:
+    return {
+        f"{group.name}/{name}": parameter
+        for group in training.groups[1:]
+        for name, parameter in group.parameters
+    }
+
+
+def restore(training: Training, checkpoint: Checkpoint | None) -> None:
+    """Put a checkpoint's weights and states back, bit for bit."""
+    if checkpoint is None:
+        return
+    run, host, hooks = training.run, training.host, training.host.hooks
+    checkpoints.check_same_run(
+        checkpoint,
+        settings=training.identity.fixed,
+        plugins=training.identity.versions,
+        data=training.data_digest,
+    )
+    if not hooks.load_weights(run=run, folder=checkpoint.folder):  # HOOK first result
+        raise PluginError("no plugin loaded the weights of the checkpoint (hook load_weights)")
+    saved = checkpoint.tensors("plugin_parameters.safetensors")
+    for name, parameter in _plugin_parameters(training).items():
+        if name not in saved or saved[name].shape != parameter.shape:
+            raise CheckpointError(f"{checkpoint.folder} has no fitting parameter {name!r}")
+        with torch.no_grad():
+            parameter.copy_(saved[name])
+    checkpoints.load_optimizer(checkpoint, training.optimizer)
+    if training.ema is not None:
+        training.ema.load_state_dict(checkpoint.tensors("ema.safetensors"))
+    for name, plugin in host.plugins.items():
+        if (load := getattr(plugin, "load_state_dict", None)) is not None:
+            load(checkpoints.load_plugin(checkpoint, name))
+    run.say(f"Going on from {checkpoint.folder}, after step {checkpoint.step}.")
+
+
+def finish(training: Training) -> None:
+    """Write the final weights, live and averaged, into the output folder."""
+    run, host = training.run, training.host
+    with phase(host, run, "save"):
+        written = _save_weights(training, run.output_dir, final=True)
+        if training.ema is not None:
+            with training.ema.swapped():
+                names = _save_weights(training, run.output_dir / "ema", final=True)
+                written += [f"ema/{name}" for name in names]
+    training.events.write("end", step=training.step, files=sorted(written))

@@ -1,0 +1,59 @@
+"""Figures of the steps: kept on the device, read together, written and shown."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trainer_core.distributed import peak_bytes
+from trainer_core.progress import step_note
+from trainer_core.training import num_tokens
+from trainer_core.types import Batch, Record
+
+if TYPE_CHECKING:
+    from trainer_core.training import Training
+
+
+class Reporter:
+    """Writes each step to the event log and the trackers, in one go every ``log_step_interval``."""
+
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        self._seconds = 0.0
+        self._steps = 0
+        self._tokens = 0
+        self._mark = 0.0
+
+    def start_step(self) -> None:
+        """Start the clock; what happens between steps (checkpoints, samples) does not count."""
+        self._mark = time.monotonic()
+
+    def end_step(
+        self, group: Sequence[Batch], scalars: Mapping[str, Any], *, flush: bool
+    ) -> str | None:
+        """Keep a step's scalars; at the interval or with ``flush`` read all and return a note."""
+        training = self.training
+        names = [name for batch in group for name in batch.sample_ids]
+        training.meter.add(training.step, scalars, names)
+        self._tokens += sum(num_tokens(training.run, batch.latents) for batch in group)
+        self._steps += 1
+        due = training.step % training.run.settings.log_step_interval == 0
+        rows = training.meter.read() if due or flush else []
+        self._seconds += time.monotonic() - self._mark
+        return self._write(rows) if rows else None
+
+    def _write(self, rows: Sequence[tuple[int, dict[str, float]]]) -> str:
+        training = self.training
+        for step, values in rows:
+            training.events.write("step", step=step, **values)
+            training.trackers.put(Record("scalars", step=step, scalars=values))
+        timing = {
+            "s_per_step": self._seconds / self._steps,
+            "tokens_per_s": self._tokens / max(self._seconds, 1e-9),
+            "peak_bytes": float(peak_bytes(training.run.device)),
+        }
+        self._seconds, self._steps, self._tokens = 0.0, 0, 0
+        training.events.write("timing", step=rows[-1][0], **timing)
+        training.trackers.put(Record("scalars", step=rows[-1][0], scalars=timing))
+        return step_note(rows[-1][1], timing)

@@ -1,0 +1,251 @@
+"""The commands ``run``, ``check`` and ``data``: what happens around the loop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from trainer_core import loop, persistence
+from trainer_core.blame import blame
+from trainer_core.data import (
+    CachedData,
+    DataPlan,
+    fill_cache,
+    load_backends,
+    plan_data,
+    render_report,
+)
+from trainer_core.distributed import placement, world
+from trainer_core.errors import PluginError, TrainerError
+from trainer_core.optim import schedule_sentence
+from trainer_core.persistence import Identity
+from trainer_core.phases import phase
+from trainer_core.progress import Display
+from trainer_core.run import Run
+from trainer_core.settings.explain import plugin_versions, write_settings
+from trainer_core.types import Encoder, Prompt
+
+if TYPE_CHECKING:
+    from trainer_core.plugins import Host
+    from trainer_core.settings.load import Resolved
+    from trainer_core.training import Training
+
+
+@dataclass(frozen=True)
+class Session:
+    """What every command sets up first: the run context and the plan of the data."""
+
+    run: Run
+    host: Host
+    display: Display
+    plan: DataPlan
+    identity: Identity
+
+
+def run(resolved: Resolved, host: Host) -> int:
+    """Train. Returns the exit code: 0, or 128 + the signal that ended the run early."""
+    with blame(host):
+        session = prepare(resolved, host)
+        with only_one(session.run.output_dir):
+            return _run(session)
+
+
+def check(resolved: Resolved, host: Host) -> int:
+    """Do everything up to the first step that needs no accelerator, and say what would happen."""
+    with blame(host):
+        session = prepare(resolved, host)
+        render_report(session.plan, session.display.console, summary=True)
+        encoders = collect_encoders(session.run, host)
+        for encoder in encoders:
+            encoder.identity()
+        start = persistence.find_start(session.run, session.identity)
+        where = f"from {start.folder}" if start else "from step 0"
+        session.display.say(f"All settings are valid; the run would start {where}.")
+    return 0
+
+
+def data(resolved: Resolved, host: Host) -> int:
+    """Print what becomes of every file."""
+    with blame(host):
+        session = prepare(resolved, host)
+        render_report(session.plan, session.display.console)
+    return 0
+
+
+def prepare(resolved: Resolved, host: Host) -> Session:
+    """Describe the model and plan the data, before anything heavy is loaded."""
+    display = Display()
+    for choice in resolved.choices:
+        display.say(f"plugin {choice.name}: {choice.why}")
+    for notice in resolved.unused:
+        display.say(notice)
+    settings = resolved.core
+    rank, world_size = world()
+    current = Run(
+        settings,
+        placement=placement(settings),
+        output_dir=Path(settings.output_dir),
+        rank=rank,
+        world_size=world_size,
+        notify=display.say,
+    )
+    spec = host.hooks.describe_model(run=current)  # HOOK first result
+    if spec is None:
+        raise PluginError(
+            "no plugin in this run provides a model; name one with --plugins or set model_family"
+        )
+    current.spec = spec
+    display.say(f"model {spec.name}: {spec.sentence}")
+    if settings.validation_prompt:
+        current.prompts = (Prompt("validation", settings.validation_prompt),)
+    backends = load_backends(Path(settings.data_backend_config), settings)
+    plan = plan_data(backends, settings, spec, say=display.say, progress=display.task)
+    identity = Identity(
+        fixed=resolved.fixed(),
+        versions=plugin_versions(resolved),
+        resolved=resolved.resolved(),
+        write=lambda folder: write_settings(resolved, folder),
+    )
+    return Session(current, host, display, plan, identity)
+
+
+def collect_encoders(current: Run, host: Host) -> list[Encoder]:
+    """Return the encoders that the run's plugins declare; two of one name or output are refused."""
+    encoders: list[Encoder] = []
+    writers: dict[str, str] = {}
+    for name, plugin in host.plugins.items():
+        if (declare := getattr(plugin, "encoders", None)) is None:
+            continue
+        for encoder in declare(current):
+            for output in (encoder.name, *(tensor.name for tensor in encoder.writes)):
+                if output in writers:
+                    raise PluginError(
+                        f"plugins {writers[output]!r} and {name!r} both declare the encoder or output "
+                        f"{output!r}; leave one of them out"
+                    )
+                writers[output] = name
+            encoders.append(encoder)
+    if "latents" not in writers:
+        raise PluginError('no encoder of this run writes "latents"; the model\'s plugin must have one')
+    return encoders
+
+
+def _run(session: Session) -> int:
+    current, host, display = session.run, session.host, session.display
+    render_report(session.plan, display.console, summary=True)
+    checkpoint = persistence.find_start(current, session.identity)
+    cached = cache(session)
+    start = persistence.begin(current, host, session.identity, checkpoint)
+    training = None
+    try:
+        training = loop.setup(current, host, cached, display=display, start=start)
+        sentence = schedule_sentence(current.settings, training.total_steps)
+        if sentence:
+            display.say(sentence)
+        with ending_on_signals(training):
+            loop.train(training)
+        return ended(training)
+    finally:
+        if training is not None:
+            training.loader.close()
+        start.events.close()
+        start.trackers.end(training.step if training else start.step)
+
+
+def cache(session: Session) -> CachedData:
+    """Encode what no cache holds yet: one encoder after another over all of its misses."""
+    current, settings = session.run, session.run.settings
+    texts = ["", *(prompt.text for prompt in current.prompts)]
+    if current.prompts:
+        texts.append(settings.validation_negative_prompt)
+    with phase(session.host, current, "cache"):
+        cached = fill_cache(
+            session.plan,
+            current,
+            collect_encoders(current, session.host),
+            session.host.hooks,
+            captions=list(dict.fromkeys(texts)),
+            progress=session.display.task,
+        )
+    current.set_captions(cached.read_caption)
+    return cached
+
+
+def ended(training: Training) -> int:
+    """Say where everything is; return the exit code."""
+    current, say = training.run, training.run.say
+    if training.stop is not None:
+        say(
+            f"Stopped by {training.stop.name} after step {training.step}; a checkpoint was written. "
+            "The same command goes on from there."
+        )
+        return 128 + int(training.stop)
+    say(f"Done: {training.step} steps. In {current.output_dir}:")
+    for line in contents(current.output_dir):
+        say(f"  {line}")
+    return 0
+
+
+def contents(folder: Path) -> Iterator[str]:
+    """Yield a line for each thing that a run leaves in its output folder."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            num_files = sum(1 for item in path.rglob("*") if item.is_file())
+            yield f"{path.name}/  {num_files} files"
+        else:
+            yield f"{path.name}  {path.stat().st_size} bytes"
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Refuse a second run in the same output folder while one is at work."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    with path.open("a+") as file:
+        if not _lock(file.fileno()):
+            raise TrainerError(
+                f"another run is writing to {folder}; wait for it, or give this one another "
+                "--output_dir"
+            )
+        yield
+
+
+def _lock(handle: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def ending_on_signals(training: Training) -> Iterator[None]:
+    """Let SIGINT and SIGTERM finish the step and save; a second one exits at once."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if training.stop is not None:
+            os._exit(128 + number)
+        training.stop = signal.Signals(number)
+        training.run.say(
+            f"{training.stop.name}: finishing the step and saving; once more exits at once."
+        )
+
+    numbers: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,166 @@
+"""The state of a training in progress, and small answers about it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from trainer_core.capabilities import Model, TokenGrid
+from trainer_core.errors import PluginError
+from trainer_core.types import (
+    Batch,
+    LossTerm,
+    ModelInputs,
+    ParameterGroup,
+    Route,
+    StepOutput,
+)
+
+if TYPE_CHECKING:
+    from trainer_core.data import Loader
+    from trainer_core.ema import Ema
+    from trainer_core.flow import SigmaSampler
+    from trainer_core.metrics import EventLog, Meter, Trackers
+    from trainer_core.persistence import Identity
+    from trainer_core.plugins import Host
+    from trainer_core.progress import Display
+    from trainer_core.run import Run
+
+
+@dataclass
+class Training:
+    """All that the loop works on.
+
+    step: optimiser steps done. stop: the signal that asked for an end, if any. run_id: the same for a
+    run and its resumes.
+    """
+
+    run: Run
+    host: Host
+    display: Display
+    events: EventLog
+    trackers: Trackers
+    meter: Meter
+    groups: Sequence[ParameterGroup]
+    routes: Sequence[Route]
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None
+    sampler: SigmaSampler
+    loader: Loader
+    eval_batches: Mapping[str, Sequence[Batch]]
+    total_steps: int
+    run_id: str
+    data_digest: str
+    identity: Identity
+    step: int = 0
+    stop: signal.Signals | None = None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All trained parameters, in the order of the optimiser."""
+        return [p for group in self.groups for _, p in group.parameters]
+
+
+def check_model(run: Run, host: Host) -> None:
+    """Refuse a model that lacks what the protocol or a plugin requires, naming both."""
+    if not isinstance(run.model, Model):
+        raise PluginError(
+            f"load_model returned {type(run.model).__name__}, which is not a Model (it needs spec, "
+            "modules, networks and predict; see trainer_core.capabilities)"
+        )
+    for name, plugin in host.plugins.items():
+        for need in plugin.info.requires:
+            if isinstance(need, type) and not isinstance(run.model, need):
+                what = (need.__doc__ or "").strip().splitlines()[0]
+                raise PluginError(
+                    f"plugin {name!r} needs a model with {need.__name__} ({what}), which "
+                    f"{type(run.model).__name__} is not; leave {name} out of --plugins"
+                )
+
+
+def trained_parameters(run: Run) -> dict[str, nn.Parameter]:
+    """Return the model's parameters that require a gradient, as ``role.name``."""
+    return {
+        f"{role}.{name}": parameter
+        for role, module in run.model.modules.items()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def parameter_groups(run: Run, host: Host) -> list[ParameterGroup]:
+    """Return what is trained: the model's parameters, then each plugin's ``parameters()``."""
+    trained = trained_parameters(run)
+    if not trained:
+        raise PluginError(
+            "the model has no parameter to train: with model_type lora an adapter plugin must add "
+            "some, with model_type full the model plugin must leave its weights trainable"
+        )
+    groups = [ParameterGroup("model", list(trained.items()))]
+    for plugin in host.plugins.values():
+        if (parameters := getattr(plugin, "parameters", None)) is not None:
+            groups.extend(parameters())
+    return groups
+
+
+def spatial_tokens(run: Run, latents: Tensor) -> int:
+    """Return the tokens of one frame; latent pixels where the model has no token grid."""
+    shape = tuple(latents.shape)
+    if isinstance(run.model, TokenGrid):
+        _, rows, columns = run.model.token_grid(shape)
+        return rows * columns
+    return int(shape[-1] * shape[-2])
+
+
+def num_tokens(run: Run, latents: Tensor) -> int:
+    """Return the video tokens of a micro-batch."""
+    if not isinstance(run.model, TokenGrid):
+        return 0
+    frames, rows, columns = run.model.token_grid(tuple(latents.shape))
+    return int(latents.shape[0]) * frames * rows * columns
+
+
+def prepared(host: Host, run: Run, inputs: ModelInputs) -> ModelInputs:
+    """Hand the noised micro-batch through the chain of plugins."""
+    for name, prepare in host.calls("prepare_inputs"):
+        inputs = prepare(run=run, inputs=inputs)  # HOOK chain
+        if not isinstance(inputs, ModelInputs):
+            raise PluginError(
+                f"plugin {name!r} returned {type(inputs).__name__} from prepare_inputs; it must "
+                "return a ModelInputs (dataclasses.replace makes a changed one)"
+            )
+    return inputs
+
+
+def loss_terms(host: Host, run: Run, batch: Batch, output: StepOutput) -> list[LossTerm]:
+    """Return the loss terms of all plugins, sorted by name, so that their order changes no bit."""
+    terms = []
+    for name, compute in host.calls("compute_loss"):
+        term = compute(run=run, batch=batch, output=output)  # HOOK collected
+        if term is not None:
+            _check_term(name, term, num_samples=batch.latents.shape[0])
+            terms.append(term)
+    return sorted(terms, key=lambda term: term.name)
+
+
+def _check_term(plugin: str, term: object, *, num_samples: int) -> None:
+    if not isinstance(term, LossTerm):
+        raise PluginError(
+            f"plugin {plugin!r} returned {type(term).__name__} from compute_loss; it must return a "
+            "LossTerm or None"
+        )
+    if term.name.split("/")[0] != plugin:
+        raise PluginError(
+            f"plugin {plugin!r} named a loss term {term.name!r}; the name must be {plugin!r} or begin "
+            f"with '{plugin}/'"
+        )
+    if tuple(term.value.shape) != (num_samples,) or term.value.dtype != torch.float32:
+        raise PluginError(
+            f"plugin {plugin!r}, loss term {term.name!r}: the value must be ({num_samples},) float32, "
+            f"one number a sample; it is {tuple(term.value.shape)} {term.value.dtype}"
+        )
