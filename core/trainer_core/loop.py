@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer_core import persistence, validation
+from trainer_core import persistence, rng, validation
 from trainer_core.blocks import compose_routes, draw_plan
 from trainer_core.capabilities import Blocks
 from trainer_core.data import CachedData, Loader
@@ -92,7 +92,8 @@ def train_step(training: Training, batches: Sequence[Batch]) -> dict[str, Any]:
     share, step = 1 / len(batches), training.step + 1
     scalars: dict[str, Any] = {"loss": 0.0}
     for batch in batches:
-        run.moment = batch.moment
+        run.moment = at = batch.moment
+        rng.seed_global(run.seed, at.step, at.micro, at.rank)
         inputs = draw_inputs(run, batch, training.sampler, spatial_tokens(run, batch.latents))
         inputs = prepared(host, run, inputs)
         with phase(host, run, "forward"):

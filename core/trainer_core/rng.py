@@ -1,7 +1,8 @@
 """Random numbers as a pure function of (seed, purpose, step, micro step, rank, ...).
 
-Nothing in a run draws from a global generator, so that switching a plugin off leaves every other
-draw bit-identical, and a resumed run needs no saved generator state.
+Nothing of ours draws from a global generator, so that switching a plugin off leaves every other
+draw bit-identical, and a resumed run needs no saved generator state. Layers that know nothing else
+(dropout) do draw from torch's: the loop seeds it anew for every micro-step.
 """
 
 from __future__ import annotations
@@ -26,3 +27,10 @@ def generator(
     import torch
 
     return torch.Generator(device=device).manual_seed(seed_of(seed, purpose, *parts))
+
+
+def seed_global(seed: int, *parts: int | str) -> None:
+    """Seed torch's global generators, which dropout draws from, by :func:`seed_of`."""
+    import torch
+
+    torch.manual_seed(seed_of(seed, "global", *parts))
