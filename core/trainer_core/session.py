@@ -60,7 +60,7 @@ def check(resolved: Resolved, host: Host) -> int:
     """Do everything up to the first step that needs no accelerator, and say what would happen."""
     with blame(host):
         session = prepare(resolved, host)
-        render_report(session.plan, session.display.console, summary=True)
+        render_report(session.plan, session.display.console)
         encoders = collect_encoders(session.run, host)
         for encoder in encoders:
             encoder.identity()
@@ -138,7 +138,7 @@ def collect_encoders(current: Run, host: Host) -> list[Encoder]:
 
 def _run(session: Session) -> int:
     current, host, display = session.run, session.host, session.display
-    render_report(session.plan, display.console, summary=True)
+    render_report(session.plan, display.console)
     checkpoint = persistence.find_start(current, session.identity)
     cached = cache(session)
     start = persistence.begin(current, host, session.identity, checkpoint)
@@ -174,6 +174,9 @@ def cache(session: Session) -> CachedData:
             progress=session.display.task,
         )
     current.set_captions(cached.read_caption)
+    for encoder in cached.encoders:
+        made, reused = cached.encoded[encoder.name], cached.reused[encoder.name]
+        current.say(f"cache of {encoder.name}: {reused} reused, {made} encoded")
     return cached
 
 

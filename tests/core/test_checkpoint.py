@@ -110,7 +110,9 @@ def test_find_by_path_by_name_none_and_unknown(tmp_path: Path):
         checkpoints.find(tmp_path, "nowhere", say=print)
 
 
-@pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 10]), (2, [2, 10]), (1, [10]), (5, [1, 2, 10])])
+@pytest.mark.parametrize(
+    ("keep", "left"), [(0, [1, 2, 10]), (2, [2, 10]), (1, [10]), (5, [1, 2, 10])]
+)
 def test_prune_keeps_the_newest(tmp_path: Path, keep: int, left: list[int]):
     for step in (10, 2, 1):
         write(tmp_path, step)
@@ -170,9 +172,18 @@ def test_another_run_is_refused_with_all_differences_and_two_ways_out(tmp_path: 
     checkpoints.check_same_run(found, **same)
     with pytest.raises(CheckpointError) as caught:
         checkpoints.check_same_run(
-            found, settings={"seed": 2, "lora_rank": 16}, plugins={"wan": "1", "tread": "1"}, data="e"
+            found,
+            settings={"seed": 2, "lora_rank": 16},
+            plugins={"wan": "1", "tread": "1"},
+            data="e",
         )
     text = str(caught.value)
-    for part in ("seed: 1 in the checkpoint, 2 now", "plugin tread", "data:", "--output_dir", "none"):
+    for part in (
+        "seed: 1 in the checkpoint, 2 now",
+        "plugin tread",
+        "data:",
+        "--output_dir",
+        "none",
+    ):
         assert part in text
     assert "lora_rank" not in text

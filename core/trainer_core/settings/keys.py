@@ -15,7 +15,7 @@ class PluginSettings(BaseModel):
     (``@model_validator(mode="after")``) that raise ``ValueError`` with the way out in the sentence.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def key(
@@ -26,6 +26,7 @@ def key(
     free: bool = False,
     secret: bool = False,
     menu: str = "",
+    aliases: tuple[str, ...] = (),
     **bounds: Any,
 ) -> Any:
     """Declare a key.
@@ -33,8 +34,10 @@ def key(
     default: value when nobody sets it; leave it out for a required key. about: what it does, one or
     two sentences. unit: such as "steps" or "pixels". free: a resumed run may change it (lengths,
     intervals, paths, trackers), since it does not change what a step computes. secret: its value is
-    never shown. menu: the wizard's place, such as "Training → Memory Optimisation". bounds: pydantic's
-    ``ge``, ``le``, ``gt``, ``lt``, ``pattern``.
+    never shown. menu: the wizard's place, such as "Training → Memory Optimisation". aliases: other
+    spellings that files and the command line may use. bounds: pydantic's ``ge``, ``le``, ``gt``,
+    ``lt``, ``pattern``.
     """
-    extra = {"unit": unit, "free": free, "secret": secret, "menu": menu}
+    extra: dict[str, Any] = {"unit": unit, "free": free, "secret": secret, "menu": menu}
+    extra["aliases"] = list(aliases)
     return Field(default, description=about, json_schema_extra=extra, **bounds)

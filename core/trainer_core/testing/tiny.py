@@ -32,7 +32,6 @@ from trainer_core.types import (
 )
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from trainer_core.blocks import BlockStack
@@ -166,7 +165,9 @@ class Tiny:
         """Return one clip per prompt: a grey level that depends on the weights."""
         import numpy as np
 
-        total = sum(float(p.detach().double().sum()) for p in run.model.modules["transformer"].parameters())
+        total = sum(
+            float(p.detach().double().sum()) for p in run.model.modules["transformer"].parameters()
+        )
         level = int(abs(total) * 1000) % 256
         frames = np.full((5, 32, 32, 3), level, dtype=np.uint8)
         return [Artifact(prompt.name, frames, 16.0, prompt.text) for prompt in run.prompts]
@@ -210,9 +211,7 @@ def build_network(layers: int, *, seed: int) -> tuple[nn.Module, BlockStack]:
 
         def forward(self, x: Tensor, extra: Tensor) -> Tensor:
             h = self.norm(x) + extra
-            attention = nn.functional.scaled_dot_product_attention(
-                self.q(h), self.k(h), self.v(h)
-            )
+            attention = nn.functional.scaled_dot_product_attention(self.q(h), self.k(h), self.v(h))
             x = x + self.out(attention)
             out: Tensor = x + self.mlp(self.norm(x) + extra)
             return out

@@ -1,0 +1,1 @@
+"""The command ``trainer``. Each subcommand is imported only when it is called."""

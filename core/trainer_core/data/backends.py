@@ -1,0 +1,378 @@
+"""Reads the data backend file. All problems of the file are reported at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from trainer_core.data.entries import (
+    NOT_BUILT,
+    PENDING_KEYS,
+    MediaEntry,
+    TextEntry,
+    VideoKeys,
+)
+from trainer_core.data.types import Dataset, MediaKind
+from trainer_core.errors import ConfigError, Problem
+from trainer_core.settings.core import CoreSettings
+
+E = TypeVar("E", bound=BaseModel)
+KNOWN_TYPES = ("video", "image", "eval", "text_embeds")
+
+
+@dataclass(frozen=True)
+class Backends:
+    """What the file says. datasets: enabled entries with media. text_cache: of encoded captions."""
+
+    path: Path
+    datasets: tuple[Dataset, ...]
+    text_cache: Path
+    write_batch_size: int
+    index: Path
+    notes: tuple[str, ...] = ()
+
+
+def load_backends(
+    path: Path, settings: CoreSettings, *, overrides: Mapping[str, Any] | None = None
+) -> Backends:
+    """Return the datasets of a data backend file.
+
+    overrides: a key for all entries with media (``instance_data_dir``), or for one entry
+    (``my-id.repeats``, ``my-id.video.num_frames``); they win over the file. Raises ConfigError with
+    every problem of the file.
+    """
+    reader = _Reader(path, settings)
+    entries = reader.override(reader.read(), overrides or {})
+    media, texts = reader.entries(entries)
+    datasets = tuple(found for entry in media if (found := reader.dataset(entry)) is not None)
+    text = reader.text(texts)
+    if not reader.problems and not any(not dataset.held_out for dataset in datasets):
+        reader.add("dataset_type", "no enabled entry of type video or image", way_out="Add one.")
+    if reader.problems:
+        raise ConfigError(reader.problems)
+    cache = text.cache_dir if text and text.cache_dir else str(Path(settings.cache_dir) / "text")
+    return Backends(
+        path=path,
+        datasets=datasets,
+        text_cache=Path(reader.fill_in(cache, text.id if text else "text")),
+        write_batch_size=(text and text.write_batch_size) or settings.write_batch_size,
+        index=Path(settings.cache_dir) / "index.sqlite",
+        notes=tuple(reader.notes),
+    )
+
+
+class _Reader:
+    def __init__(self, path: Path, settings: CoreSettings) -> None:
+        self.path, self.settings = path, settings
+        self.problems: list[Problem] = []
+        self.notes: list[str] = []
+
+    def add(self, key: str, text: str, value: Any = None, way_out: str = "") -> None:
+        self.problems.append(
+            Problem(
+                key=key, text=text, value=value, where=str(self.path), way_out=way_out,
+                has_value=value is not None,
+            )
+        )  # fmt: skip
+
+    def read(self) -> list[Any]:
+        """Return the entries of the file as they stand there."""
+        try:
+            text = self.path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise ConfigError(
+                [
+                    Problem(
+                        key="data_backend_config", value=str(self.path), text=f"{reason}.",
+                        way_out="Name the file that lists the datasets.",
+                    )
+                ]
+            ) from None  # fmt: skip
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = self._tolerant(text)
+        if not isinstance(value, list):
+            raise ConfigError(
+                [
+                    Problem(
+                        key="data_backend_config", value=str(self.path), way_out="See the docs.",
+                        text="the file must hold a list of entries, [{...}, {...}].",
+                    )
+                ]
+            )  # fmt: skip
+        return value
+
+    def _tolerant(self, text: str) -> Any:
+        import json5
+
+        try:
+            return json5.loads(text)
+        except ValueError as error:
+            raise ConfigError(
+                [
+                    Problem(
+                        key="data_backend_config", value=str(self.path),
+                        text=f"not valid JSON: {error}.", way_out="Correct the file.",
+                    )
+                ]
+            ) from None  # fmt: skip
+
+    def override(self, entries: list[Any], overrides: Mapping[str, Any]) -> list[Any]:
+        """Return the entries with values from elsewhere put in."""
+        entries = [dict(entry) if isinstance(entry, Mapping) else entry for entry in entries]
+        named = {str(e.get("id")): e for e in entries if isinstance(e, dict)}
+        for key, value in overrides.items():
+            owner = next((i for i in sorted(named, key=len)[::-1] if key.startswith(f"{i}.")), None)
+            targets = [named[owner]] if owner else [
+                e for e in named.values() if e.get("dataset_type") in ("video", "image", "eval")
+            ]  # fmt: skip
+            *parents, last = (key[len(owner) + 1 :] if owner else key).split(".")
+            for target in targets:
+                for parent in parents:
+                    target[parent] = dict(target.get(parent) or {})
+                    target = target[parent]
+                target[last] = value
+        return entries
+
+    def entries(self, found: list[Any]) -> tuple[list[MediaEntry], list[TextEntry]]:
+        """Validate each enabled entry."""
+        media: list[MediaEntry] = []
+        texts: list[TextEntry] = []
+        seen: set[str] = set()
+        for position, raw in enumerate(found):
+            if not isinstance(raw, dict):
+                self.add(f"entry {position + 1}", "must be an object {...}", raw)
+                continue
+            raw = dict(raw)
+            disabled = _true(raw.pop("disable", False)) | _true(raw.get("disabled", False))
+            if disabled:
+                continue
+            label = f"entry {raw['id']!r}" if raw.get("id") else f"entry {position + 1}"
+            if raw.get("id") and raw["id"] in seen:
+                self.add(label, "two enabled entries have this id", way_out="Rename one of them.")
+            seen.add(str(raw.get("id")))
+            self._entry(label, raw, media, texts)
+        return media, texts
+
+    def _entry(
+        self, label: str, raw: dict[str, Any], media: list[MediaEntry], texts: list[TextEntry]
+    ) -> None:
+        kind, where = raw.get("dataset_type"), f"{label}: dataset_type"
+        backend = raw.get("type", "local")
+        if backend != "local":
+            self.add(
+                f"{label}: type", "not built yet: this version reads local folders only.", backend,
+                "Copy the data to a folder and write local.",
+            )  # fmt: skip
+            return
+        if kind in NOT_BUILT:
+            self.add(
+                where, f"not built yet: it belongs to {NOT_BUILT[kind]}.", kind, "Remove the entry."
+            )
+        elif kind is None:
+            self.add(where, "is missing.", way_out=f"Write one of {', '.join(KNOWN_TYPES)}.")
+        elif kind not in KNOWN_TYPES:
+            guess = difflib.get_close_matches(str(kind), KNOWN_TYPES, 1)
+            hint = f" Did you mean {guess[0]!r}?" if guess else ""
+            self.add(where, f"must be one of {', '.join(KNOWN_TYPES)}.{hint}", kind)
+        elif kind == "text_embeds":
+            if (text := self._validated(TextEntry, label, raw)) is not None:
+                texts.append(text)
+        elif (entry := self._validated(MediaEntry, label, raw)) is not None:
+            media.append(entry)
+
+    def _validated(self, model: type[E], label: str, raw: dict[str, Any]) -> E | None:
+        for key in PENDING_KEYS.keys() & (raw.keys() | _section(raw).keys()):
+            self.add(
+                f"{label}: {key}", f"not built yet: it belongs to {PENDING_KEYS[key]}.",
+                raw.get(key, _section(raw).get(key)), "Remove the key.",
+            )  # fmt: skip
+        kept = {key: value for key, value in raw.items() if key not in PENDING_KEYS}
+        if isinstance(kept.get("video"), dict):
+            kept["video"] = {k: v for k, v in kept["video"].items() if k not in PENDING_KEYS}
+        try:
+            return model.model_validate(kept)
+        except ValidationError as error:
+            for item in error.errors(include_url=False):
+                self._translate(model, label, item)
+            return None
+
+    def _translate(self, model: type[BaseModel], label: str, item: Any) -> None:
+        path = [str(part) for part in item["loc"] if not str(part).endswith("]")]
+        inner = VideoKeys if path[0] == "video" and len(path) > 1 else model
+        name, kind = path[1] if inner is VideoKeys else path[0], item["type"]
+        shown = f"{label}: {'video.' if inner is VideoKeys else ''}{name}"
+        if kind == "extra_forbidden":
+            other = MediaEntry if inner is VideoKeys else VideoKeys
+            if name in other.model_fields and model is MediaEntry:
+                place = "beside video" if inner is VideoKeys else "into the object video"
+                self.add(shown, "stands in the wrong place.", item["input"], f"Move it {place}.")
+                return
+            guess = difflib.get_close_matches(name, list(inner.model_fields), 1)
+            out = f"Did you mean {guess[0]!r}?" if guess else "Remove it."
+            self.add(shown, "unknown key.", item["input"], out)
+        elif kind == "missing":
+            self.add(shown, "is missing.")
+        else:
+            self.add(shown, f"{item['msg'][0].lower()}{item['msg'][1:]}.", item["input"])
+
+    def fill_in(self, text: str, name: str) -> str:
+        """Return a path with ``{id}``, ``{output_dir}`` and ``{model_family}`` filled in."""
+        values = {"id": name, "output_dir": self.settings.output_dir,
+                  "model_family": self.settings.model_family or "model"}  # fmt: skip
+        for key, value in values.items():
+            text = text.replace("{" + key + "}", value)
+        return text
+
+    def locate(self, entry: MediaEntry, key: str, text: str) -> Path | None:
+        """Return an existing path: seen from the working directory, then from the file."""
+        import fsspec
+
+        text = self.fill_in(text, entry.id)
+        protocol, bare = fsspec.core.split_protocol(text)
+        bare = str(bare)
+        if protocol not in (None, "file", "local"):
+            self.add(
+                f"entry {entry.id!r}: {key}",
+                f"not built yet: {protocol} is not read, this version reads local folders only.",
+                text, "Copy the data to a folder.",
+            )  # fmt: skip
+            return None
+        tried = [Path(bare).expanduser(), self.path.parent / bare]
+        for candidate in tried:
+            if candidate.exists():
+                return candidate
+        places = " nor ".join(str(place) for place in dict.fromkeys(tried))
+        self.add(f"entry {entry.id!r}: {key}", f"there is no {places}.", text, "Correct the path.")
+        return None
+
+    def text(self, texts: list[TextEntry]) -> TextEntry | None:
+        """Return the default entry for encoded captions, None without any."""
+        marked = [entry for entry in texts if entry.default] or texts
+        if len(marked) > 1:
+            names = " and ".join(repr(entry.id) for entry in marked)
+            self.add(
+                "default", f"the text_embeds entries {names} compete.",
+                way_out="Write default: true in exactly one of them.",
+            )  # fmt: skip
+        return marked[0] if marked else None
+
+    def dataset(self, entry: MediaEntry) -> Dataset | None:
+        """Return the entry with the defaults of the settings, None after a problem."""
+        before = len(self.problems)
+        folder = self.locate(entry, "instance_data_dir", entry.instance_data_dir)
+        if folder is not None and not folder.is_dir():
+            self.add(f"entry {entry.id!r}: instance_data_dir", "is not a folder.", str(folder))
+        captions = None
+        if entry.caption_file:
+            captions = self.locate(entry, "caption_file", entry.caption_file)
+        self._check(entry)
+        if folder is None or len(self.problems) > before:
+            return None
+        return self._resolved(entry, folder, captions)
+
+    def _check(self, entry: MediaEntry) -> None:
+        label, video = f"entry {entry.id!r}", entry.video or VideoKeys()
+        if entry.dataset_type == "image" and entry.video is not None:
+            self.add(f"{label}: video", "has no effect on images.", way_out="Remove it.")
+        if entry.caption_strategy == "instanceprompt" and not entry.instance_prompt:
+            self.add(f"{label}: instance_prompt", "caption_strategy instanceprompt needs it.")
+        frames, least, most = video.num_frames, video.min_frames, video.max_frames
+        if frames and least is not None and least < frames:
+            self.add(
+                f"{label}: video.min_frames",
+                f"must be at least num_frames ({frames}): a shorter clip cannot fill it.", least,
+                f"Write {frames}, or remove num_frames and take bucket_strategy resolution_frames.",
+            )  # fmt: skip
+        if most is not None and most < max(frames or 1, least or 1):
+            self.add(
+                f"{label}: video.max_frames",
+                f"is below num_frames or min_frames ({max(frames or 1, least or 1)}), "
+                "so that no clip is left.", most, "Raise it, or remove it.",
+            )  # fmt: skip
+        if video.frame_interval and video.bucket_strategy != "resolution_frames":
+            self.add(
+                f"{label}: video.frame_interval",
+                "works with bucket_strategy resolution_frames only.", video.frame_interval,
+                "Remove it, or set that bucket_strategy.",
+            )  # fmt: skip
+        self._check_crop(entry, label)
+
+    def _check_crop(self, entry: MediaEntry, label: str) -> None:
+        maximum = entry.maximum_image_size or self.settings.maximum_image_size
+        target = entry.target_downsample_size or self.settings.target_downsample_size
+        if maximum and not target:
+            self.add(
+                f"{label}: maximum_image_size", "needs target_downsample_size.", maximum,
+                "Set the size that larger media are resized to before they are cropped.",
+            )  # fmt: skip
+        for name in ("crop_aspect", "crop_style", "crop_aspect_buckets"):
+            if not entry.crop and getattr(entry, name) is not None:
+                self.add(
+                    f"{label}: {name}", "has no effect with crop: false.", getattr(entry, name),
+                    "Write crop: true, or remove it.",
+                )  # fmt: skip
+        if not entry.crop and maximum:
+            self.notes.append(
+                f"{entry.id}: maximum_image_size and target_downsample_size have no effect with "
+                "crop: false (nothing is cropped away)"
+            )
+
+    def _resolved(self, entry: MediaEntry, folder: Path, captions: Path | None) -> Dataset:
+        settings, video = self.settings, entry.video or VideoKeys()
+        kinds: dict[str, frozenset[MediaKind]] = {
+            "video": frozenset({"video"}),
+            "image": frozenset({"image"}),
+            "eval": frozenset({"video", "image"}),
+        }
+        cache = entry.cache_dir_vae or str(Path(settings.cache_dir) / "vae" / entry.id)
+        least = entry.minimum_image_size
+        return Dataset(
+            id=entry.id,
+            kinds=kinds[entry.dataset_type],
+            held_out=entry.dataset_type == "eval",
+            folder=folder.absolute(),
+            cache_dir=Path(self.fill_in(cache, entry.id)),
+            caption_strategy=entry.caption_strategy,
+            instance_prompt=entry.instance_prompt,
+            caption_file=captions,
+            caption_column=entry.caption_column,
+            filename_column=entry.filename_column,
+            resolution=entry.resolution or settings.resolution,
+            resolution_type=entry.resolution_type or settings.resolution_type,
+            aspect_rounding=entry.aspect_bucket_rounding or settings.aspect_bucket_rounding,
+            minimum_size=(least if least is not None else settings.minimum_image_size) or 0,
+            maximum_size=entry.maximum_image_size or settings.maximum_image_size,
+            downsample_size=entry.target_downsample_size or settings.target_downsample_size,
+            crop=entry.crop,
+            crop_aspect=entry.crop_aspect or ("square" if entry.crop else "preserve"),
+            crop_aspects=entry.crop_aspect_buckets,
+            crop_style=entry.crop_style or ("random" if entry.crop else "center"),
+            num_frames=video.num_frames,
+            min_frames=video.min_frames,
+            max_frames=video.max_frames,
+            bucket_strategy=video.bucket_strategy,
+            frame_interval=video.frame_interval,
+            frame_selection=video.frame_selection,
+            framerate=video.framerate or settings.framerate,
+            repeats=entry.repeats,
+            probability=entry.probability,
+            vae_batch_size=entry.vae_batch_size,
+        )
+
+
+def _section(raw: dict[str, Any]) -> dict[str, Any]:
+    video = raw.get("video")
+    return video if isinstance(video, dict) else {}
+
+
+def _true(value: Any) -> bool:
+    return value is True or (isinstance(value, str) and value.lower() in ("true", "1", "yes", "on"))

@@ -1,0 +1,139 @@
+"""What was found out about files, remembered in one sqlite file in the cache folder.
+
+Everything in it can be found out again, so a damaged file is replaced. Rows are keyed by path and
+hold only as long as size and time of change stay the same. A killed process loses at most the last
+rows.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from trainer_core.data.types import MediaKind, Probe
+
+Stamp = tuple[str, int, int]
+"""(absolute path, size in bytes, time of change in ns)."""
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS probes (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, kind TEXT,
+  frames INTEGER, rate TEXT, width INTEGER, height INTEGER, problem TEXT) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, digest TEXT)
+  WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS texts (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, text TEXT)
+  WITHOUT ROWID;
+"""
+VERSION = 1
+PENDING_ROWS = 500
+READ_ROWS = 500
+
+
+class Store:
+    """The remembered facts. Writes are gathered; ``flush`` or leaving the block commits them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.replaced = False
+        self._lock = threading.RLock()
+        self._pending: list[tuple[str, tuple[Any, ...]]] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._connection = self._open()
+        except sqlite3.DatabaseError:
+            for suffix in ("", "-wal", "-shm"):
+                path.with_name(path.name + suffix).unlink(missing_ok=True)
+            self.replaced = True
+            self._connection = self._open()
+
+    def _open(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, VERSION):
+                raise sqlite3.DatabaseError("other version")
+            connection.executescript(SCHEMA)
+            connection.execute(f"PRAGMA user_version={VERSION}")
+            connection.execute("SELECT 1 FROM probes LIMIT 1").fetchall()
+        except sqlite3.DatabaseError:
+            connection.close()
+            raise
+        return connection
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Commit and close."""
+        with self._lock:
+            self.flush()
+            self._connection.close()
+
+    def flush(self) -> None:
+        """Commit what is pending."""
+        with self._lock:
+            for statement, values in self._pending:
+                self._connection.execute(statement, values)
+            self._connection.commit()
+            self._pending.clear()
+
+    def _write(self, table: str, *values: Any) -> None:
+        marks = ",".join("?" * len(values))
+        with self._lock:
+            self._pending.append((f"INSERT OR REPLACE INTO {table} VALUES ({marks})", values))
+            if len(self._pending) >= PENDING_ROWS:
+                self.flush()
+
+    def _rows(self, table: str, stamps: Sequence[Stamp]) -> Iterable[tuple[Any, ...]]:
+        with self._lock:
+            self.flush()
+            for first in range(0, len(stamps), READ_ROWS):
+                part = stamps[first : first + READ_ROWS]
+                marks = ",".join("?" * len(part))
+                asked = {path: (size, mtime) for path, size, mtime in part}
+                query = f"SELECT * FROM {table} WHERE path IN ({marks})"
+                for row in self._connection.execute(query, list(asked)):
+                    if asked[row[0]] == (row[1], row[2]):
+                        yield row
+
+    def probes(self, stamps: Sequence[Stamp]) -> dict[str, Probe | str]:
+        """Return path → what the header said, or why it is unreadable; unknown ones are absent."""
+        found: dict[str, Probe | str] = {}
+        for path, _, _, kind, frames, rate, width, height, problem in self._rows("probes", stamps):
+            found[path] = problem or Probe(kind, frames, Fraction(rate), width, height)
+        return found
+
+    def remember_probe(self, stamp: Stamp, probe: Probe | str) -> None:
+        """Keep a probe, or the sentence why there is none."""
+        if isinstance(probe, str):
+            kind: MediaKind | None = None
+            self._write("probes", *stamp, kind, 0, "0", 0, 0, probe)
+        else:
+            self._write(
+                "probes", *stamp, probe.kind, probe.frames, str(probe.rate), probe.width,
+                probe.height, "",
+            )  # fmt: skip
+
+    def digests(self, stamps: Sequence[Stamp]) -> dict[str, str]:
+        """Return path → digest of the bytes; unknown ones are absent."""
+        return {row[0]: row[3] for row in self._rows("digests", stamps)}
+
+    def remember_digest(self, stamp: Stamp, digest: str) -> None:
+        """Keep the digest of a file's bytes."""
+        self._write("digests", *stamp, digest)
+
+    def texts(self, stamps: Sequence[Stamp]) -> dict[str, str]:
+        """Return path → contents of small text files; unknown ones are absent."""
+        return {row[0]: row[3] for row in self._rows("texts", stamps)}
+
+    def remember_text(self, path: str, size: int, mtime_ns: int, text: str) -> None:
+        """Keep the contents of a small text file."""
+        self._write("texts", path, size, mtime_ns, text)

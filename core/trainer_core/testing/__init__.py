@@ -1,0 +1,1 @@
+"""Tools for plugin authors and tests: real clips, tiny models, the plugin contract."""

@@ -1,0 +1,96 @@
+"""What the trainer sees of the plugin: one encoder of captions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer_core.errors import ModelError
+from trainer_core.files import digest_file
+from trainer_core.hookspecs import hookimpl
+from trainer_core.types import EncodedTensor, Encoder, EncoderSample, LoadedEncoder, PluginInfo
+from trainer_umt5.config import Umt5Settings
+from trainer_umt5.files import DEFAULT_REPO, EncoderFiles, locate
+from trainer_umt5.text import CLEANING, MAX_TOKENS, TextEncoder, load
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer_core.run import Run
+
+ENCODER = "umt5.text"
+
+
+class Umt5:
+    """Writes ``text_embeds`` (L, D), the caption's hidden states without padding."""
+
+    info = PluginInfo(
+        summary="UMT5 text encoder of the Wan models; captions are encoded once and cached",
+        settings=Umt5Settings,
+        provides=("umt5",),
+    )
+
+    def __init__(self, settings: Umt5Settings | None = None) -> None:
+        self.settings = settings or Umt5Settings()
+        self._digests: dict[tuple[Path, int, int], str] = {}
+
+    def encoders(self, run: Run) -> Sequence[Encoder]:
+        """Return the encoder of captions; nothing is read or downloaded yet."""
+        return [
+            Encoder(
+                name=ENCODER,
+                reads="caption",
+                writes=(EncodedTensor("text_embeds", pad_to=MAX_TOKENS),),
+                identity=partial(self._identity, run),
+                load=partial(self._load, run),
+                # Captions pass the network one by one whatever the group, so no bit depends on it.
+                batch_size=run.settings.write_batch_size,
+            )
+        ]
+
+    @hookimpl
+    def encode_batch(
+        self, encoder: LoadedEncoder, samples: Sequence[EncoderSample]
+    ) -> Sequence[Mapping[str, Tensor]] | None:
+        """Return ``text_embeds`` of each caption."""
+        if encoder.name != ENCODER:
+            return None
+        network: TextEncoder = encoder.network
+        return [{"text_embeds": network.embed(sample.caption or "")} for sample in samples]
+
+    def _files(self, run: Run) -> EncoderFiles:
+        name = self.settings.pretrained_t5_model_name_or_path
+        return locate(name or run.settings.pretrained_model_name_or_path or DEFAULT_REPO)
+
+    def _identity(self, run: Run) -> dict[str, Any]:
+        import ftfy
+
+        return {
+            "files": {path.name: self._digest(path) for path in self._files(run).parts()},
+            "dtype": str(run.placement.dtype).removeprefix("torch."),
+            "max_tokens": MAX_TOKENS,
+            "cleaning": f"{CLEANING}, ftfy {ftfy.__version__}",
+        }
+
+    def _digest(self, path: Path) -> str:
+        """Return the digest of a file, read once as long as its size and date stay."""
+        facts = path.stat()
+        known = (path, facts.st_size, facts.st_mtime_ns)
+        if known not in self._digests:
+            self._digests[known] = digest_file(path)
+        return self._digests[known]
+
+    def _load(self, run: Run) -> TextEncoder:
+        files = self._files(run)
+        network, missing = load(
+            files.model, files.tokenizer, dtype=run.placement.dtype, device=run.device
+        )
+        if missing:
+            raise ModelError(
+                f"the text encoder in {files.model} lacks {len(missing)} weights, such as "
+                f"{missing[0]}. Download it again, or set pretrained_t5_model_name_or_path to "
+                f"{DEFAULT_REPO}."
+            )
+        return network

@@ -1,0 +1,85 @@
+"""The model that a run trains: diffusers' transformer, loaded, behind core's protocols."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from trainer_core.blocks import BlockStack
+from trainer_core.errors import ModelError
+from trainer_core.types import ForwardPlan, ModelInputs, ModelSpec, Placement, TapResult
+from trainer_wan.network import WanNetwork
+
+
+class WanModel:
+    """What ``load_model`` returns; satisfies Model, Blocks and TokenGrid.
+
+    modules: role → ``WanTransformer3DModel``. networks: role → :class:`WanNetwork` over it; core
+    may replace an entry by its wrapper.
+    """
+
+    def __init__(self, spec: ModelSpec, networks: Mapping[str, WanNetwork]) -> None:
+        self.spec = spec
+        self.networks: dict[str, nn.Module] = dict(networks)
+        self.modules = {role: network.transformer for role, network in networks.items()}
+        self._bare = dict(networks)
+        config = next(iter(self.modules.values())).config
+        self.hidden_size: int = config.num_attention_heads * config.attention_head_dim
+        self._patch: tuple[int, int, int] = tuple(config.patch_size)
+
+    def predict(
+        self, inputs: ModelInputs, plan: ForwardPlan
+    ) -> tuple[Tensor, Mapping[int, TapResult]]:
+        """Return the prediction (B, C, F, H, W) float32 of ``inputs.role`` and the taps."""
+        prediction, taps = self.networks[inputs.role](inputs, plan)
+        return prediction, taps
+
+    def stacks(self) -> dict[str, BlockStack]:
+        """Return role → its stack of blocks."""
+        return {role: network.stack for role, network in self._bare.items()}
+
+    def bare(self, role: str) -> WanNetwork:
+        """Return the network itself, without what core wrapped around it."""
+        return self._bare[role]
+
+    def token_grid(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """Return (frames, rows, columns) of tokens for latents (B, C, F, H, W)."""
+        frames, height, width = latent_shape[-3:]
+        return frames // self._patch[0], height // self._patch[1], width // self._patch[2]
+
+
+def load(
+    folder: Path, *, spec: ModelSpec, placement: Placement, train_all: bool, checkpointing: bool
+) -> WanModel:
+    """Return the model of a transformer's folder, on ``placement.device``.
+
+    train_all: every weight is trained, in ``placement.trained_dtype``, mode train. Otherwise all
+    are frozen, in ``placement.dtype`` (what diffusers keeps in float32 stays so), mode eval.
+    Raises ModelError where the file's tensors are not exactly the model's.
+    """
+    from diffusers import WanTransformer3DModel
+
+    with torch.random.fork_rng(devices=[]):  # building layers draws, loading then overwrites
+        transformer, report = WanTransformer3DModel.from_pretrained(
+            folder,
+            dtype=placement.trained_dtype if train_all else placement.dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(str(name) for name in report.get(kind) or ()):
+            raise ModelError(
+                f"the weights in {folder} do not fit their config.json: {kind.replace('_', ' ')} "
+                f"{names[0]} and {len(names) - 1} more. Fetch the model again."
+            )
+    transformer.to(placement.device)
+    transformer.requires_grad_(train_all)
+    transformer.train(train_all)
+    network = WanNetwork(transformer, dtype=placement.dtype)
+    network.train(train_all)
+    network.stack.policy = "full" if checkpointing else "none"
+    return WanModel(spec, {spec.experts[0].role: network})

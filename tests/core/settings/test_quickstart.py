@@ -1,0 +1,59 @@
+"""Every key of the quick start's config files is known: owned, or pending with a sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trainer_core import PluginInfo, PluginSettings, key
+from trainer_core.catalogue import Catalogue
+from trainer_core.errors import ConfigError
+from trainer_core.settings.files import read_config
+from trainer_core.settings.load import resolve
+from trainer_core.settings.pending import pending_sentences
+
+FOLDER = Path(__file__).parent / "quickstart"
+FILES = sorted(FOLDER.glob("*.json"))
+
+
+class WanKeys(PluginSettings):
+    pretrained_t5_model_name_or_path: str | None = key(None, "Encoder.", free=True)
+    lora_rank: int = key(16, "Rank.")
+
+
+class Wan:
+    info = PluginInfo(
+        settings=WanKeys, provides=("model",), values=("model_family=wan", "lora_type=standard")
+    )
+
+    def __init__(self, settings: WanKeys) -> None:
+        self.settings = settings
+
+
+CATALOGUE = Catalogue.of({"wan": Wan})
+
+
+def is_pending(name: str, value: object) -> bool:
+    sentences = pending_sentences()
+    return name in sentences or f"{name}={value}" in sentences
+
+
+def test_the_files_are_there():
+    assert len(FILES) == 5
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_exactly_the_pending_keys_are_refused_and_the_rest_is_valid(path, tmp_path):
+    content = {"model_family": "wan", **read_config(path)}
+    refused = {name for name, value in content.items() if is_pending(name, value)}
+    whole = tmp_path / "whole.json"
+    whole.write_text(json.dumps(content))
+    with pytest.raises(ConfigError) as caught:
+        resolve(whole, environ={}, catalogue=CATALOGUE)
+    assert {problem.key for problem in caught.value.problems} == refused
+    assert len(caught.value.problems) == len(refused)
+    rest = tmp_path / "rest.json"
+    rest.write_text(json.dumps({k: v for k, v in content.items() if k not in refused}))
+    assert resolve(rest, environ={}, catalogue=CATALOGUE).unused == ()
