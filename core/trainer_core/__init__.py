@@ -1,50 +1,20 @@
-"""Public names of the trainer: all that a plugin needs."""
+"""Public names of the trainer: all that a plugin needs. They are listed in :mod:`trainer_core.api`."""
 
-from trainer_core.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    ModelError,
-    PluginError,
-    Problem,
-    TrainerError,
-)
-from trainer_core.hookspecs import hookimpl
-from trainer_core.run import Key, Run
-from trainer_core.settings.keys import PluginSettings, key
-from trainer_core.types import (
-    API_VERSION,
-    Artifact,
-    Batch,
-    EncodedTensor,
-    Encoder,
-    EncoderSample,
-    Expert,
-    ForwardPlan,
-    LoadedEncoder,
-    LossTerm,
-    ModelInputs,
-    ModelSpec,
-    Moment,
-    ParameterGroup,
-    Placement,
-    PluginInfo,
-    Prompt,
-    Record,
-    Residency,
-    Route,
-    StepOutput,
-    TapResult,
-)
+from __future__ import annotations
 
-__all__ = [
-    # writing a plugin
-    "API_VERSION", "PluginInfo", "PluginSettings", "key", "hookimpl", "Run", "Key",
-    # what hooks take and return
-    "Artifact", "Batch", "EncodedTensor", "Encoder", "EncoderSample", "Expert", "ForwardPlan",
-    "LoadedEncoder", "LossTerm", "ModelInputs", "ModelSpec", "Moment", "ParameterGroup", "Placement",
-    "Prompt", "Record", "Residency", "Route", "StepOutput", "TapResult",
-    # errors
-    "TrainerError", "Problem", "ConfigError", "PluginError", "DataError", "ModelError",
-    "CheckpointError",
-]  # fmt: skip
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainer_core.api import *  # noqa: F403  # the same names, for type checkers
+
+
+def __getattr__(name: str) -> object:
+    """Import the public names when one is first asked for: ``trainer --help`` needs none of them."""
+    if name.startswith("_"):
+        raise AttributeError(name)
+    from importlib import import_module
+
+    api = import_module("trainer_core.api")
+    if name not in api.__all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(api, name)

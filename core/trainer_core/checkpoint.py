@@ -254,4 +254,3 @@ def check_same_run(
             + "\nMake them equal again, or give this run another --output_dir, or start afresh here "
             "with --resume_from_checkpoint none."
         )
-

@@ -62,11 +62,25 @@ def write_json(path: Path, value: Any) -> None:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors as safetensors, whole or not at all; each is copied to the CPU, contiguous."""
+    """Write tensors as safetensors, whole or not at all; each is copied to the CPU, contiguous.
+
+    The same tensors and metadata give the same bytes.
+    """
     from safetensors.torch import save
 
     ready = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    write_bytes(path, save(ready, metadata=dict(metadata) if metadata else None))
+    data = save(ready, metadata=dict(metadata) if metadata else None)
+    write_bytes(path, _sorted_metadata(data) if metadata else data)
+
+
+def _sorted_metadata(data: bytes) -> bytes:
+    """Return safetensors bytes with the metadata in order; the library writes it in random order."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -76,9 +76,7 @@ class SigmaSampler:
         generator = rng.generator(seed, "flow/expert", moment.step, moment.micro)
         return self.experts[int(torch.multinomial(masses, 1, generator=generator))]
 
-    def draw(
-        self, num: int, *, generator: torch.Generator, expert: Expert, shift: float
-    ) -> Tensor:
+    def draw(self, num: int, *, generator: torch.Generator, expert: Expert, shift: float) -> Tensor:
         """Return sigma (num,) float32 on the CPU, within the expert's range."""
         u = torch.rand(num, generator=generator, dtype=torch.float64)
         low, high = self._bounds(expert, shift)
@@ -102,7 +100,8 @@ class SigmaSampler:
             return s
         if self._beta_cdf is not None:
             return _interpolate(s, _grid(), self._beta_cdf)
-        return torch.special.ndtr(torch.logit(s) / self.settings.flow_sigmoid_scale)
+        inside: Tensor = torch.special.ndtr(torch.logit(s) / self.settings.flow_sigmoid_scale)
+        return inside
 
     def _beta_table(self) -> Tensor:
         """Return the Beta CDF on the grid.

@@ -23,7 +23,7 @@ from trainer_core.progress import Display
 from trainer_core.reporting import Reporter
 from trainer_core.run import Run
 from trainer_core.training import (
-    Training, check_model, loss_terms, num_tokens, parameter_groups, prepared, spatial_tokens,
+    Training, checked_model, loss_terms, num_tokens, parameter_groups, prepared, spatial_tokens,
     trained_parameters,
 )  # fmt: skip
 from trainer_core.types import Batch, ForwardPlan, ModelInputs, Route, StepOutput
@@ -34,8 +34,8 @@ def setup(
 ) -> Training:
     """Load the model, let plugins attach, compose what acts inside the forward, resume."""
     settings = run.settings
-    run.model = host.hooks.load_model(run=run)  # HOOK first result, wrapped
-    check_model(run, host)
+    model = host.hooks.load_model(run=run)  # HOOK first result, wrapped
+    run.model = checked_model(model, host)
     for plugin in host.plugins.values():
         if (attach := getattr(plugin, "attach", None)) is not None:
             attach(run)
@@ -53,7 +53,7 @@ def setup(
         if averaged else None,
         sampler=SigmaSampler(settings, run.spec.experts), loader=loader,
         eval_batches=loader.eval_batches(settings.num_eval_images),
-        total_steps=persistence.total_steps(settings, loader), run_id=start.run_id,
+        total_steps=persistence.total_steps(settings, loader.steps_per_epoch), run_id=start.run_id,
         data_digest=data.plan.digest, identity=start.identity, step=start.step,
     )  # fmt: skip
     persistence.restore(training, start.checkpoint)
@@ -80,9 +80,7 @@ def predict(training: Training, inputs: ModelInputs) -> tuple[Tensor, Mapping[in
     if training.routes or run.taps:
         num_samples, tokens = inputs.x_t.shape[0], num_tokens(run, inputs.x_t)
         taps = tuple(sorted(run.taps))
-        plan = draw_plan(
-            training.routes, taps, num_samples, tokens // num_samples, inputs.moment
-        )
+        plan = draw_plan(training.routes, taps, num_samples, tokens // num_samples, inputs.moment)
     return run.model.predict(inputs, plan)
 
 

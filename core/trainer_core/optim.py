@@ -86,9 +86,7 @@ def _factory(name: str) -> tuple[Any, dict[str, Any]] | None:
     return table.get(name)
 
 
-def trained_dtype(
-    optimizer: str, *, model_type: str, mixed_precision: str
-) -> torch.dtype:
+def trained_dtype(optimizer: str, *, model_type: str, mixed_precision: str) -> torch.dtype:
     """Return the dtype of trained weights.
 
     float32, but bfloat16 where the optimiser is made for it (``adamw_bf16``), and for full fine-tunes
@@ -125,7 +123,7 @@ def learning_rate(step: int, *, settings: OptimizerKeys, base: float, total: int
         within = settings.lr_num_cycles * progress % 1.0 if progress < 1 else 1.0
         return end + (base - end) * (1 + math.cos(math.pi * within)) / 2
     if name == "polynomial":
-        return end + (base - end) * (1 - progress) ** settings.lr_power
+        return end + (base - end) * math.pow(1 - progress, settings.lr_power)
     return base
 
 

@@ -21,7 +21,6 @@ from trainer_core.phases import phase
 from trainer_core.types import Record
 
 if TYPE_CHECKING:
-    from trainer_core.data import Loader
     from trainer_core.plugins import Host
     from trainer_core.run import Run
     from trainer_core.settings.core import CoreSettings
@@ -112,10 +111,10 @@ def _move_aside(run: Run) -> None:
     run.say(f"An earlier run in {run.output_dir} was moved to {aside}.")
 
 
-def total_steps(settings: CoreSettings, loader: Loader) -> int:
+def total_steps(settings: CoreSettings, steps_per_epoch: int) -> int:
     """Return the optimiser steps of the whole run; the shorter of the two lengths bounds it."""
     steps, epochs = settings.length
-    by_epochs = epochs * loader.steps_per_epoch if epochs else None
+    by_epochs = epochs * steps_per_epoch if epochs else None
     bounds = [bound for bound in (steps, by_epochs) if bound]
     if not bounds:
         text = "the run has no length."

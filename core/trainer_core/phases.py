@@ -30,13 +30,14 @@ def phase(host: Host, run: Run, name: Phase) -> Iterator[None]:
 
 def residency(host: Host, run: Run) -> Residency | None:
     """Return who moves the weights of the blocks, after checking that each module has one owner."""
-    found = list(host.hooks.offload(run=run, phase=None))  # HOOK collected
-    for item in found:
+    found: list[Residency] = []
+    for item in host.hooks.offload(run=run, phase=None):  # HOOK collected
         if not isinstance(item, Residency):
             raise PluginError(
                 f"a plugin answered offload(phase=None) with {type(item).__name__}; "
                 "at set-up it must be a Residency or None"
             )
+        found.append(item)
     for index, first in enumerate(found):
         for second in found[index + 1 :]:
             shared = sorted(set(first.modules) & set(second.modules))

@@ -64,9 +64,7 @@ class Display:
 
             yield advance
 
-    def _lines(
-        self, title: str, total: int, start: int, every: int | None
-    ) -> Callable[..., None]:
+    def _lines(self, title: str, total: int, start: int, every: int | None) -> Callable[..., None]:
         done, last_line = start, time.monotonic()
 
         def advance(parts: int = 1, note: str | None = None) -> None:

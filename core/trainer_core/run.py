@@ -138,11 +138,15 @@ class Run:
         from trainer_core.capabilities import Blocks
 
         if not isinstance(self.model, Blocks):
-            raise PluginError("a tap was requested, but the model is not a stack of blocks (Blocks)")
+            raise PluginError(
+                "a tap was requested, but the model is not a stack of blocks (Blocks)"
+            )
         num_blocks = min(len(stack.blocks) for stack in self.model.stacks().values())
         index = block + num_blocks if block < 0 else block
         if not 0 <= index < num_blocks:
-            raise PluginError(f"a tap was requested behind block {block}; it has {num_blocks} blocks")
+            raise PluginError(
+                f"a tap was requested behind block {block}; it has {num_blocks} blocks"
+            )
         self.taps.add(index)
         return index
 

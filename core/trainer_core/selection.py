@@ -14,7 +14,7 @@ from typing import Any
 from trainer_core.catalogue import Catalogue, Entry
 from trainer_core.errors import Problem
 from trainer_core.ordering import cycle, in_order
-from trainer_core.settings.core import BUILTIN_OPTIMIZERS
+from trainer_core.settings.core import BUILTIN_OPTIMIZERS, CoreSettings
 
 SELECTORS = {
     "model_family": (None,),
@@ -24,6 +24,9 @@ SELECTORS = {
     "report_to": (None, "none"),
 }
 """Core keys whose values are provided by plugins, with the values that need none."""
+
+IMPLIED = ("model_family", "lora_type", "report_to")
+"""Those that follow from the plugin's name: naming wan is choosing its family."""
 
 
 @dataclass(frozen=True)
@@ -134,31 +137,42 @@ class _Selector:
             self.imply(self.catalogue[name])
 
     def imply(self, entry: Entry) -> None:
-        """Set what naming a plugin means: the one value that it provides."""
+        """Set what naming a plugin means; one whose values were all decided against is wrong."""
+        values: dict[str, list[str]] = {}
+        for pair in entry.info.values:
+            key, _, value = pair.partition("=")
+            values.setdefault(key, []).append(value)
         wanted = [f"{key}={value}" for key, value in self.values()]
-        if not entry.info.values or any(value in wanted for value in entry.info.values):
+        useful = not values or entry.info.switch is not None or not set(values) <= set(SELECTORS)
+        useful = useful or any(pair in wanted for pair in entry.info.values)
+        for key, options in values.items():
+            alone = len(options) == 1 and (key in IMPLIED or len(values) == 1)
+            if alone and self.is_open(key) and f"{key}={options[0]}" not in wanted:
+                useful = True
+                self.core[key] = self.with_tracker(options[0]) if key == "report_to" else options[0]
+                self.implied[key] = (self.core[key], entry.name)
+        if useful:
             return
-        pairs = [pair.partition("=")[::2] for pair in entry.info.values]
-        foreign = any(key not in SELECTORS for key, _ in pairs)
-        key, value = pairs[0]
-        off = key == "lora_type" and self.core.get("model_type", "lora") != "lora"
-        if len(pairs) == 1 and not foreign and not off:
-            if key not in self.given:
-                self.core[key] = (value,) if key == "report_to" else value
-                self.implied[key] = (self.core[key], entry.name)
-                return
-            if key == "report_to" and self.core.get(key) != ("none",):
-                self.core[key] = (*self.core[key], value)
-                self.implied[key] = (self.core[key], entry.name)
-                return
-        if entry.info.switch is None and not foreign:
-            options = " or ".join(" = ".join(pair) for pair in pairs)
-            blocked = "model_type is not lora" if off else f"{key} is {_shown(self.core.get(key))}"
-            self.say(
-                "plugins",
-                f"'{entry.name}' is named, but {blocked}.",
-                f"Set {'model_type = lora' if off else options}, or leave {entry.name} out.",
-            )
+        if "lora_type" in values and self.core.get("model_type", "lora") != "lora":
+            text, way_out = "model_type is not lora", "model_type = lora"
+        else:
+            key = next(iter(values))
+            text = f"{key} is {_shown(self.core.get(key))}"
+            way_out = " or ".join(pair.replace("=", " = ") for pair in entry.info.values)
+        way_out = f"Set {way_out}, or leave {entry.name} out."
+        self.say("plugins", f"'{entry.name}' is named, but {text}.", way_out)
+
+    def is_open(self, key: str) -> bool:
+        """Return whether naming a plugin may still decide the value of a core key."""
+        if key == "lora_type" and self.core.get("model_type", "lora") != "lora":
+            return False
+        if key == "report_to":  # a list: trackers join those that were given
+            return key not in self.given or tuple(self.core[key]) != ("none",)
+        return key in SELECTORS and key not in self.given and key not in self.implied
+
+    def with_tracker(self, name: str) -> tuple[str, ...]:
+        others = tuple(each for each in self.core.get("report_to") or () if each != "none")
+        return others if name in others else (*others, name)
 
     def take_values(self) -> None:
         for key, value in self.values():
@@ -263,6 +277,9 @@ class _Selector:
     def check(self, roles: Sequence[str]) -> None:
         entries = self.entries()
         for index, first in enumerate(entries):
+            for name in first.keys:
+                if name in CoreSettings.model_fields:
+                    self.say(name, f"'{first.name}' claims this key, which is core's.")
             for second in entries[index + 1 :]:
                 self.check_pair(first, second)
         for role in roles:
@@ -337,4 +354,6 @@ def _names(requires: Iterable[str | type]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    return ", ".join(value) if isinstance(value, (list, tuple)) else f"{value}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(value)
+    return "not set" if value is None else f"{value}"

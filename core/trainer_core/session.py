@@ -21,6 +21,7 @@ from trainer_core.data import (
     plan_data,
     render_report,
 )
+from trainer_core.data.sampler import Sampler
 from trainer_core.distributed import placement, world
 from trainer_core.errors import PluginError, TrainerError
 from trainer_core.optim import schedule_sentence
@@ -65,6 +66,7 @@ def check(resolved: Resolved, host: Host) -> int:
         for encoder in encoders:
             encoder.identity()
         start = persistence.find_start(session.run, session.identity)
+        say_schedule(session)
         where = f"from {start.folder}" if start else "from step 0"
         session.display.say(f"All settings are valid; the run would start {where}.")
     return 0
@@ -132,22 +134,22 @@ def collect_encoders(current: Run, host: Host) -> list[Encoder]:
                 writers[output] = name
             encoders.append(encoder)
     if "latents" not in writers:
-        raise PluginError('no encoder of this run writes "latents"; the model\'s plugin must have one')
+        raise PluginError(
+            'no encoder of this run writes "latents"; the model\'s plugin must have one'
+        )
     return encoders
 
 
 def _run(session: Session) -> int:
     current, host, display = session.run, session.host, session.display
     render_report(session.plan, display.console)
+    say_schedule(session)
     checkpoint = persistence.find_start(current, session.identity)
     cached = cache(session)
     start = persistence.begin(current, host, session.identity, checkpoint)
     training = None
     try:
         training = loop.setup(current, host, cached, display=display, start=start)
-        sentence = schedule_sentence(current.settings, training.total_steps)
-        if sentence:
-            display.say(sentence)
         with ending_on_signals(training):
             loop.train(training)
         return ended(training)
@@ -178,6 +180,16 @@ def cache(session: Session) -> CachedData:
         made, reused = cached.encoded[encoder.name], cached.reused[encoder.name]
         current.say(f"cache of {encoder.name}: {reused} reused, {made} encoded")
     return cached
+
+
+def say_schedule(session: Session) -> None:
+    """Say what an odd warm-up does, while there is time to change it."""
+    settings = session.run.settings
+    epoch = Sampler(session.plan).groups_per_epoch
+    total = persistence.total_steps(settings, -(-epoch // settings.gradient_accumulation_steps))
+    sentence = schedule_sentence(settings, total)
+    if sentence:
+        session.display.say(sentence)
 
 
 def ended(training: Training) -> int:

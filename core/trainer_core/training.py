@@ -66,21 +66,22 @@ class Training:
         return [p for group in self.groups for _, p in group.parameters]
 
 
-def check_model(run: Run, host: Host) -> None:
-    """Refuse a model that lacks what the protocol or a plugin requires, naming both."""
-    if not isinstance(run.model, Model):
+def checked_model(model: object, host: Host) -> Model:
+    """Return the model, or refuse one that lacks what the protocol or a plugin requires."""
+    if not isinstance(model, Model):
         raise PluginError(
-            f"load_model returned {type(run.model).__name__}, which is not a Model (it needs spec, "
+            f"load_model returned {type(model).__name__}, which is not a Model (it needs spec, "
             "modules, networks and predict; see trainer_core.capabilities)"
         )
     for name, plugin in host.plugins.items():
         for need in plugin.info.requires:
-            if isinstance(need, type) and not isinstance(run.model, need):
+            if isinstance(need, type) and not isinstance(model, need):
                 what = (need.__doc__ or "").strip().splitlines()[0]
                 raise PluginError(
                     f"plugin {name!r} needs a model with {need.__name__} ({what}), which "
-                    f"{type(run.model).__name__} is not; leave {name} out of --plugins"
+                    f"{type(model).__name__} is not; leave {name} out of --plugins"
                 )
+    return model
 
 
 def trained_parameters(run: Run) -> dict[str, nn.Parameter]:

@@ -19,7 +19,7 @@ from trainer_core.phases import phase
 from trainer_core.types import Artifact, Batch, Record
 
 if TYPE_CHECKING:
-    from trainer_core.loop import Training
+    from trainer_core.training import Training
 
 DONE = "artifacts.json"
 
@@ -126,7 +126,8 @@ def _render_all(training: Training, folder: Path, step: int) -> dict[str, Any]:
             write_mp4(artifact.frames, path, fps=artifact.fps)
             files[name] = str(path.relative_to(run.output_dir))
             captions[name] = artifact.caption
-            sheet.append(Artifact(name, artifact.frames, artifact.fps, artifact.caption))
+            label_text = f"{name}: {artifact.caption}"
+            sheet.append(Artifact(name, artifact.frames, artifact.fps, label_text))
     if sheet:
         contact_sheet(sheet, folder / "contact_sheet.png")
         path = folder / "contact_sheet.png"
@@ -159,6 +160,8 @@ def held_out_loss(training: Training, step: int) -> dict[str, float]:
                 "checkpoint is untouched."
             )
     training.events.write("eval", step=step, **result)
+    for name, value in result.items():
+        training.run.say(f"held-out loss after step {step}: {value:.4f} ({name})")
     training.trackers.put(Record("scalars", step=step, scalars=result))
     return result
 

@@ -51,13 +51,13 @@ def _table(catalogue: Catalogue) -> Table:
         info = entry.info
         requires = [need if isinstance(need, str) else need.__name__ for need in info.requires]
         table.add_row(
-            entry.name,
-            entry.version or "-",
+            _lines([entry.name]),
+            _lines([entry.version]),
             _lines(entry.hooks),
             _lines(entry.keys),
             _lines((*info.provides, *info.values)),
             _lines(requires),
-            "cannot be used" if entry.error else info.summary,
+            _lines(["cannot be used" if entry.error else info.summary]),
         )
     return table
 

@@ -173,21 +173,27 @@ class _Reader:
                 "Copy the data to a folder and write local.",
             )  # fmt: skip
             return
-        if kind in NOT_BUILT:
-            self.add(
-                where, f"not built yet: it belongs to {NOT_BUILT[kind]}.", kind, "Remove the entry."
-            )
-        elif kind is None:
-            self.add(where, "is missing.", way_out=f"Write one of {', '.join(KNOWN_TYPES)}.")
-        elif kind not in KNOWN_TYPES:
-            guess = difflib.get_close_matches(str(kind), KNOWN_TYPES, 1)
-            hint = f" Did you mean {guess[0]!r}?" if guess else ""
-            self.add(where, f"must be one of {', '.join(KNOWN_TYPES)}.{hint}", kind)
-        elif kind == "text_embeds":
+        if kind not in KNOWN_TYPES:
+            self._unknown_type(where, kind)
+            return
+        if kind == "text_embeds":
             if (text := self._validated(TextEntry, label, raw)) is not None:
                 texts.append(text)
-        elif (entry := self._validated(MediaEntry, label, raw)) is not None:
+            return
+        if (entry := self._validated(MediaEntry, label, raw)) is not None:
             media.append(entry)
+
+    def _unknown_type(self, where: str, kind: Any) -> None:
+        choices = ", ".join(KNOWN_TYPES)
+        if kind is None:
+            self.add(where, "is missing.", way_out=f"Write one of {choices}.")
+            return
+        if (belongs := NOT_BUILT.get(str(kind))) is not None:
+            self.add(where, f"not built yet: it belongs to {belongs}.", kind, "Remove the entry.")
+            return
+        guess = difflib.get_close_matches(str(kind), KNOWN_TYPES, 1)
+        hint = f" Did you mean {guess[0]!r}?" if guess else ""
+        self.add(where, f"must be one of {choices}.{hint}", kind)
 
     def _validated(self, model: type[E], label: str, raw: dict[str, Any]) -> E | None:
         for key in PENDING_KEYS.keys() & (raw.keys() | _section(raw).keys()):

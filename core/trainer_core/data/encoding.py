@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 class EncodeHooks(Protocol):
     """The part of the hooks that caching calls."""
 
-    def encode_batch(self, **arguments: Any) -> Any:
+    def encode_batch(
+        self, *, run: Run, encoder: LoadedEncoder, samples: Sequence[EncoderSample]
+    ) -> Any:
         """Encode samples; see the hook of that name."""
         ...
 

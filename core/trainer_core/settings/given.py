@@ -28,6 +28,11 @@ class Given:
     where: str
     bare: bool = False
 
+    @property
+    def is_null(self) -> bool:
+        """Whether it asks for the default: null in a file, the word null elsewhere."""
+        return self.value is None or self.value == "null"
+
 
 def from_arguments(
     words: Sequence[str], *, where: str = COMMAND_LINE, flags: Iterable[str] = ()
@@ -117,10 +122,8 @@ def respelled(
 
 
 def decoded(text: str) -> Any:
-    """Return the JSON value of a text that looks like a list, an object, a quoted text or null."""
+    """Return the JSON value of a text that looks like a list, an object or a quoted text."""
     word = text.strip()
-    if word == "null":
-        return None
     if not word.startswith(("[", "{", '"')):
         return text
     try:

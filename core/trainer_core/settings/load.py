@@ -24,7 +24,7 @@ from trainer_core.settings.files import DEFAULT_CONFIG, read_config
 from trainer_core.settings.given import Given
 from trainer_core.settings.owners import expected_owner, extra, spellings
 from trainer_core.settings.pending import pending_sentences
-from trainer_core.settings.validate import shown, validate
+from trainer_core.settings.validate import shown, shown_unknown, validate
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class _Resolver:
     def resolve(self, roles: Sequence[str]) -> Resolved:
         """Validate everything; raise all problems together."""
         self.refuse_pending()
-        self.given = {name: item for name, item in self.given.items() if item.value is not None}
+        self.given = {name: item for name, item in self.given.items() if not item.is_null}
         core_given = {k: v for k, v in self.given.items() if k in CoreSettings.model_fields}
         core, problems = validate(CoreSettings, core_given)
         self.problems += problems
@@ -244,7 +244,8 @@ class _Resolver:
                 known = [name for name in (*self.spellings, *self.pending) if "=" not in name]
                 near = did_you_mean(key, known)
                 text, way_out = f"unknown key{near or '.'}", "" if near else "Remove it."
-            self.problems.append(Problem(key, text, item.value, item.where, way_out))
+            value = shown_unknown(key, item.value)
+            self.problems.append(Problem(key, text, value, item.where, way_out))
             del self.given[key]
 
     def broken_owner(self, key: str, core: CoreSettings) -> Entry | None:

@@ -35,7 +35,7 @@ def validate(
         if problem is not None:
             problems.append(problem)
             bad.add(name)
-        elif value is not None:
+        elif not item.is_null:
             values[name] = value
     for _ in range(len(given) + 1):
         try:
@@ -53,12 +53,17 @@ def shown(field: FieldInfo, value: Any) -> Any:
     return MASK if extra(field, "secret") and value is not None else value
 
 
+def shown_unknown(name: str, value: Any) -> Any:
+    """Return the value of a key that nobody owns, masked where the name sounds like a secret."""
+    return MASK if re.search("token|secret|password|api_?key", name) else value
+
+
 def _prepared(name: str, item: Given, field: FieldInfo) -> tuple[Any, Problem | None]:
     """Return the value that pydantic gets: JSON in texts is read, true is not a number."""
     annotation, value = field.annotation, item.value
     if isinstance(value, str):
         only_text = phrases.takes(annotation, str) and not phrases.takes_objects(annotation)
-        value = None if value.strip() == "null" else value if only_text else decoded(value)
+        value = value if only_text else decoded(value)
     if isinstance(value, bool) and not phrases.takes(annotation, bool):
         if item.bare:
             return None, Problem(

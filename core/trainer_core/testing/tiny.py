@@ -180,7 +180,7 @@ def latents_of(pixels: Tensor) -> Tensor:
     x = pixels.float() / 127.5 - 1
     x = torch.nn.functional.avg_pool2d(torch.cat([x, x.mean(1, keepdim=True)], 1), FACTOR)
     first, rest = x[:1], x[1:]
-    groups = rest.unflatten(0, (-1, 4)).mean(1) if len(rest) else rest
+    groups = rest.reshape(-1, 4, *rest.shape[1:]).mean(1)
     return torch.cat([first, groups]).transpose(0, 1).contiguous()
 
 

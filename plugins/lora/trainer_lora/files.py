@@ -33,7 +33,8 @@ def write(path: Path, module: nn.Module, shape: Shape) -> None:
     A FileError says what differs; ``path`` is then as it was before.
     """
     import torch
-    from safetensors.torch import save_file
+
+    from trainer_core.files import write_tensors
 
     tensors = {
         f"{PREFIX}.{name}": value.detach().to("cpu", torch.float32).contiguous()
@@ -43,9 +44,7 @@ def write(path: Path, module: nn.Module, shape: Shape) -> None:
     metadata = {"format": "pt", METADATA: json.dumps(packed, sort_keys=True)}
     beside = path.with_name(f".{path.name}.tmp")
     try:
-        save_file(tensors, beside, metadata=metadata)
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
+        write_tensors(beside, tensors, metadata=metadata)
         verify(beside, module, shape)
         os.replace(beside, path)
     finally:

@@ -146,6 +146,7 @@ class Wan:
             negative=negative,
             sampling=sampling,
             scheduler_config=scheduler,
+            device=run.device,
         )
         decoder = vae.load(weights.component("vae"), device=run.device)
         return [

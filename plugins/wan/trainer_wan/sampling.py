@@ -77,9 +77,10 @@ class _Denoiser(nn.Module):
     forward that is trained: autocast, adapters and residency alike.
     """
 
-    def __init__(self, network: WanNetwork) -> None:
+    def __init__(self, network: WanNetwork, device: torch.device) -> None:
         super().__init__()
         self.network = network
+        self.device = device  # not that of some weight, which may lie elsewhere for a while
 
     @property
     def config(self) -> Any:
@@ -88,10 +89,6 @@ class _Denoiser(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return torch.float32  # of what goes in: the network casts by itself
-
-    @property
-    def device(self) -> torch.device:
-        return self.network.transformer.device
 
     @contextmanager
     def cache_context(self, name: str, **about: Any) -> Iterator[None]:
@@ -127,6 +124,7 @@ def sample_latents(
     negative: Tensor | None,
     sampling: Sampling,
     scheduler_config: Mapping[str, Any],
+    device: torch.device,
 ) -> list[Tensor]:
     """Return the latents (C, f, h, w) float32 of each text embedding (L, text_dim), on the CPU.
 
@@ -136,7 +134,7 @@ def sample_latents(
     """
     from diffusers import UniPCMultistepScheduler, WanPipeline
 
-    devices = [network.transformer.device] if network.transformer.device.type == "cuda" else []
+    devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _evaluating(network), torch.no_grad():
         pipeline = WanPipeline(
             tokenizer=None,
@@ -148,14 +146,14 @@ def sample_latents(
                 use_flow_sigmas=True,
                 flow_shift=sampling.shift,
             ),
-            transformer=_Denoiser(network),
+            transformer=_Denoiser(network, device),
         )
         pipeline.set_progress_bar_config(disable=True)
         found = []
         for text in texts:
             latents = pipeline(
-                prompt_embeds=_padded(text, network),
-                negative_prompt_embeds=None if negative is None else _padded(negative, network),
+                prompt_embeds=_padded(text).to(device),
+                negative_prompt_embeds=None if negative is None else _padded(negative).to(device),
                 height=sampling.height,
                 width=sampling.width,
                 num_frames=sampling.frames,
@@ -169,8 +167,8 @@ def sample_latents(
     return found
 
 
-def _padded(text: Tensor, network: WanNetwork) -> Tensor:
-    """Return an embedding as (1, 512, text_dim) float32 on the network's device."""
+def _padded(text: Tensor) -> Tensor:
+    """Return an embedding as (1, 512, text_dim) float32."""
     padded = text.new_zeros(TEXT_TOKENS, text.shape[-1], dtype=torch.float32)
     padded[: text.shape[0]] = text[:TEXT_TOKENS]
-    return padded[None].to(network.transformer.device)
+    return padded[None]

@@ -20,10 +20,15 @@ def trainer(tmp_path):
 
     def call(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         clean = {k: v for k, v in os.environ.items() if not k.startswith("TRAINER_")}
+        path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
         return subprocess.run(
-            [str(TRAINER), *words], cwd=tmp_path, capture_output=True, text=True, check=False,
-            env={**clean, "PYTHONPATH": str(tmp_path / "site"), "COLUMNS": "80", **variables},
-        )  # fmt: skip
+            [str(TRAINER), *words],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**clean, "PYTHONPATH": path, "COLUMNS": "80", **variables},
+        )
 
     return call
 

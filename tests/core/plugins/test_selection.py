@@ -200,6 +200,14 @@ def test_two_owners_of_a_key_in_one_run_are_refused(run):
     assert "'tread-config'" in text
 
 
+def test_a_key_of_core_is_refused(run):
+    class Mine(PluginSettings):
+        seed: int = key(1, "Core's.")
+
+    text = refusal(run, "--plugins", "wan,seed", plugins={**WAN, "seed": plugin(settings=Mine)})
+    assert "'seed' claims this key, which is core's" in text
+
+
 def test_a_broken_plugin_breaks_only_the_runs_that_name_it(run):
     class Wrong(PluginSettings):
         alpha: int = key(1, "Not named after its plugin.")

@@ -123,8 +123,10 @@ def test_texts_mean_what_they_say(run):
 
 def test_null_is_the_default_and_takes_back_a_weaker_source(run):
     assert run({"seed": None}).core.seed == 42
-    resolved = run({"validation_prompt": "x"}, "--validation_prompt", "null")
+    resolved = run({"validation_prompt": "x", "plugins": []}, "--validation_prompt", "null")
     assert resolved.core.validation_prompt is None
+    resolved = run({}, "--model_family=null", "--plugins=toy")
+    assert resolved.core.model_family == "toy"
 
 
 def test_a_length_at_its_default_does_not_count_as_set(run):
@@ -219,6 +221,7 @@ def test_secrets_are_shown_nowhere(run, tmp_path):
     assert "hunter2" not in text + str(resolved.resolved()) + str(resolved.fixed())
     assert resolved.resolved()["toy_token"] == "***"
     assert "hunter2" not in refusal(run, {"toy_token": ["hunter2"]})[0]
+    assert "hunter2" not in refusal(run, {"hub_tokn": 1, "toy_tokens": "hunter2"})[1]
 
 
 def test_the_record_of_a_run(run):

@@ -14,7 +14,7 @@ from trainer_core.settings.files import read_config
 from trainer_core.settings.load import resolve
 from trainer_core.settings.pending import pending_sentences
 
-FOLDER = Path(__file__).parent / "quickstart"
+FOLDER = Path(__file__).parents[2] / "data" / "quickstart"
 FILES = sorted(FOLDER.glob("*.json"))
 
 

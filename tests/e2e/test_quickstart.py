@@ -1,0 +1,83 @@
+"""The quick start's own files, unchanged: what is not built yet is refused, the rest works."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+import pytest
+from support import environment
+
+from trainer_core.testing.clips import write_clips
+
+PAGE = Path(__file__).parents[1] / "data" / "quickstart"
+
+
+def pending() -> set[str]:
+    text = resources.files("trainer_core.settings").joinpath("pending.json").read_text()
+    return set(json.loads(text))
+
+
+def refused_of_the_page() -> set[str]:
+    """The page's keys that pending.json holds, as keys or as key=value."""
+    page = json.loads((PAGE / "config.json").read_text())
+    return {k for k, v in page.items() if k in pending() or f"{k}={v}" in pending()}
+
+
+@pytest.fixture(scope="module")
+def folder(world: Path) -> Path:
+    folder = world / "quickstart"
+    shutil.copytree(PAGE, folder / "config" / "wan")
+    data = folder / "datasets" / "disney-black-and-white"
+    write_clips(data, n=2, sizes=[(832, 480)], frames=80, fps=16)
+    return folder
+
+
+def check(folder: Path, config: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("trainer")), "check", "--config", config]
+    for key in ("pretrained_model_name_or_path", "pretrained_t5_model_name_or_path"):
+        command += [f"--{key}", "../model"]
+    return subprocess.run(
+        command, cwd=folder, env=environment(), capture_output=True, text=True, check=False
+    )
+
+
+def test_check_lists_exactly_the_pending_keys_and_nothing_else(folder: Path):
+    done = check(folder, "config/wan/config.json")
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("  ")]
+    listed = {line.split(":")[1].split("=")[0].strip() for line in lines}
+    assert listed == refused_of_the_page()
+    assert len(listed) == len(lines) > 5
+    assert all("not built yet" in line for line in lines)
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_with_those_keys_removed_it_passes(folder: Path):
+    page = json.loads((PAGE / "config.json").read_text())
+    kept = {key: value for key, value in page.items() if key not in refused_of_the_page()}
+    (folder / "config" / "kept.json").write_text(json.dumps(kept))
+    done = check(folder, "config/kept.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "75 -> 73" in done.stdout
+    assert "rises during the whole run" in done.stdout
+    assert not (folder / "datasets" / "disney-black-and-white" / "cache").exists()
+
+
+@pytest.mark.parametrize("name", ["tread-simple", "tread-progressive"])
+def test_pages_technique_examples_are_refused_until_they_are_built(folder: Path, name: str):
+    done = check(folder, f"config/wan/{name}.json")
+    assert done.returncode == 2
+    assert "tread_config" in done.stderr
+    if "tread_config" in pending():
+        assert "not built yet" in done.stderr
+
+
+def test_a_trailing_comma_parses(folder: Path):
+    done = check(folder, "config/wan/custom-finetune.json")
+    assert "pretrained_transformer_subfolder" in done.stderr
+    assert "JSON" not in done.stderr
