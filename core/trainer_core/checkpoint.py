@@ -7,7 +7,6 @@ of every file, and of itself. Tensors are safetensors, all else JSON: no pickle 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping

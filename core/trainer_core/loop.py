@@ -12,7 +12,6 @@ from trainer_core import persistence, rng, validation
 from trainer_core.blocks import compose_routes, draw_plan
 from trainer_core.capabilities import Blocks
 from trainer_core.data import CachedData, Loader
-from trainer_core.ema import Ema
 from trainer_core.errors import PluginError
 from trainer_core.flow import SigmaSampler, draw_inputs
 from trainer_core.metrics import Meter
@@ -23,8 +22,14 @@ from trainer_core.progress import Display
 from trainer_core.reporting import Reporter
 from trainer_core.run import Run
 from trainer_core.training import (
-    Training, checked_model, loss_terms, num_tokens, parameter_groups, prepared, spatial_tokens,
-    trained_parameters,
+    Training,
+    averaged,
+    checked_model,
+    loss_terms,
+    num_tokens,
+    parameter_groups,
+    prepared,
+    spatial_tokens,
 )  # fmt: skip
 from trainer_core.types import Batch, ForwardPlan, ModelInputs, Route, StepOutput
 
@@ -44,13 +49,11 @@ def setup(
     optimizer = host.hooks.build_optimizer(run=run, groups=groups)  # HOOK first result
     if optimizer is None:
         raise PluginError(f"no plugin built the optimizer {settings.optimizer!r}")
-    averaged = trained_parameters(run) if settings.use_ema else {}
     loader = Loader(data, run, start_step=start.step)
     training = Training(
         run=run, host=host, display=display, events=start.events, trackers=start.trackers,
         meter=Meter(), groups=groups, routes=routes, optimizer=optimizer,
-        ema=Ema(averaged, decay=settings.ema_decay, interval=settings.ema_update_interval)
-        if averaged else None,
+        ema=averaged(run),
         sampler=SigmaSampler(settings, run.spec.experts), loader=loader,
         eval_batches=loader.eval_batches(settings.num_eval_images),
         total_steps=persistence.total_steps(settings, loader.steps_per_epoch), run_id=start.run_id,

@@ -53,9 +53,10 @@ class Run:
     """One run, as plugins see it.
 
     settings: the core keys. output_dir: where everything that the run writes lies. device, placement:
-    where weights go. taps: blocks whose outputs are captured. spec: known after ``describe_model``; model: after ``load_model``. moment: the
-    current optimiser step, micro step and rank. state: values shared under a Key. prompts: what
-    ``validate`` renders. Reading spec or model too early is an error that says so.
+    where weights go. spec: known after ``describe_model``; model: after ``load_model``; reading them
+    too early is an error that says so. moment: the current optimiser step, micro step and rank.
+    state: values shared under a Key. prompts: what ``validate`` renders. taps: blocks whose outputs
+    are captured.
     """
 
     def __init__(

@@ -94,6 +94,17 @@ def trained_parameters(run: Run) -> dict[str, nn.Parameter]:
     }
 
 
+def averaged(run: Run) -> Ema | None:
+    """Return the average of the model's trained weights, or None if the settings want none."""
+    from trainer_core.ema import Ema
+
+    settings = run.settings
+    if not settings.use_ema:
+        return None
+    parameters = trained_parameters(run)
+    return Ema(parameters, decay=settings.ema_decay, interval=settings.ema_update_interval)
+
+
 def parameter_groups(run: Run, host: Host) -> list[ParameterGroup]:
     """Return what is trained: the model's parameters, then each plugin's ``parameters()``."""
     trained = trained_parameters(run)

@@ -34,7 +34,7 @@ def test_a_failing_writer_leaves_nothing_and_keeps_the_one_before(tmp_path: Path
     def full(work: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(CheckpointError, match="No space left.*earlier checkpoints are untouched"):
+    with pytest.raises(CheckpointError, match=r"No space left.*earlier checkpoints are untouched"):
         checkpoints.write(tmp_path, step=2, state={}, fill=full)
     assert checkpoints.steps(tmp_path) == [1]
     assert checkpoints.inspect(tmp_path / "checkpoint-1") is None

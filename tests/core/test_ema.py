@@ -55,9 +55,14 @@ def test_swapping_puts_the_average_in_and_the_live_weights_back_bit_for_bit():
     ema = Ema({"w": p}, decay=0.9, interval=1)
     p.data.fill_(0.3)
     live = p.detach().clone()
-    with pytest.raises(RuntimeError, match="inside"), ema.swapped():
-        assert torch.equal(p.detach(), ema.shadow["w"])
-        raise RuntimeError("inside")
+
+    def fail_inside() -> None:
+        with ema.swapped():
+            assert torch.equal(p.detach(), ema.shadow["w"])
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail_inside()
     assert torch.equal(p.detach(), live)
 
 

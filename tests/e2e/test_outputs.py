@@ -99,7 +99,6 @@ def test_the_lora_loads_in_diffusers_changes_the_output_and_unloads_bit_for_bit(
 
 def test_a_second_run_into_a_new_folder_reuses_every_cache(trainer: Command, output: Path):
     done = trainer("run", "--output_dir", "again", "--max_train_steps", "1", *SAMPLES)
-    assert "cache of wan.vae: 8 reused, 0 encoded" in done.stdout
     lines = [line for line in done.stdout.splitlines() if line.startswith("cache of")]
     assert all(line.endswith(" 0 encoded") for line in lines)
     assert len(lines) == 2

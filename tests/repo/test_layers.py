@@ -39,7 +39,7 @@ def test_a_plugin_imports_no_other(plugin: Path):
 
 
 def test_core_names_no_plugin_in_its_code():
-    """Core must not branch on a plugin's name (data files and pending.json may tell of features)."""
+    """Core must not branch on a plugin's name; pending.json may tell of features."""
     names = {plugin.name for plugin in PLUGINS}
     for path in (ROOT / "core").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from trainer_core.data.entries import (
 from trainer_core.data.types import Dataset, MediaKind
 from trainer_core.errors import ConfigError, Problem
 from trainer_core.settings.core import CoreSettings
+from trainer_core.settings.files import read_json
 
 E = TypeVar("E", bound=BaseModel)
 KNOWN_TYPES = ("video", "image", "eval", "text_embeds")
@@ -83,22 +83,7 @@ class _Reader:
 
     def read(self) -> list[Any]:
         """Return the entries of the file as they stand there."""
-        try:
-            text = self.path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise ConfigError(
-                [
-                    Problem(
-                        key="data_backend_config", value=str(self.path), text=f"{reason}.",
-                        way_out="Name the file that lists the datasets.",
-                    )
-                ]
-            ) from None  # fmt: skip
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = self._tolerant(text)
+        value = read_json(self.path, flag="data_backend_config")
         if not isinstance(value, list):
             raise ConfigError(
                 [
@@ -109,21 +94,6 @@ class _Reader:
                 ]
             )  # fmt: skip
         return value
-
-    def _tolerant(self, text: str) -> Any:
-        import json5
-
-        try:
-            return json5.loads(text)
-        except ValueError as error:
-            raise ConfigError(
-                [
-                    Problem(
-                        key="data_backend_config", value=str(self.path),
-                        text=f"not valid JSON: {error}.", way_out="Correct the file.",
-                    )
-                ]
-            ) from None  # fmt: skip
 
     def override(self, entries: list[Any], overrides: Mapping[str, Any]) -> list[Any]:
         """Return the entries with values from elsewhere put in."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -52,29 +53,29 @@ class _TextFiles:
     """Captions in a ``.txt`` beside each file, remembered by size and time of change."""
 
     def __init__(self, folder: Path, files: Mapping[str, Found], store: Store) -> None:
-        self.folder, self.files, self.store = folder, files, store
+        self.root, self.files, self.store = str(folder), files, store
         wanted = [
-            (str(folder / name), item.size, item.mtime_ns)
+            (f"{self.root}/{name}", item.size, item.mtime_ns)
             for name, item in files.items()
             if name.endswith(".txt")
         ]
         self.known = store.texts(wanted)
 
     def __call__(self, name: str) -> tuple[str, ...]:
-        beside = str(PurePosixPath(name).with_suffix(".txt"))
+        beside = os.path.splitext(name)[0] + ".txt"
         found = self.files.get(beside)
         if found is None:
             raise NoCaption(f"its caption {beside} is missing")
-        path = self.folder / beside
-        text = self.known.get(str(path))
+        path = f"{self.root}/{beside}"
+        text = self.known.get(path)
         if text is None:
             try:
-                text = path.read_text(encoding="utf-8-sig")
+                text = Path(path).read_text(encoding="utf-8-sig")
             except UnicodeDecodeError:
                 raise NoCaption(f"its caption {beside} is not UTF-8") from None
             except OSError as error:
                 raise NoCaption(f"its caption {beside}: {error.strerror}") from None
-            self.store.remember_text(str(path), found.size, found.mtime_ns, text)
+            self.store.remember_text(path, found.size, found.mtime_ns, text)
         captions = lines_of(text)
         if not captions:
             raise NoCaption(f"its caption {beside} is empty")

@@ -165,11 +165,11 @@ def digest_sources(plan: DataPlan, store: Store, run: Run, progress: Progress) -
     lost = False
     with progress("digest sources", len(files)) as advance:
         for file in files:
-            path = plan.path_of(file)
+            stamp = plan.stamp_of(file)
             try:
-                file.digest = known.get(str(path)) or digest_file(path)
-                if str(path) not in known:
-                    store.remember_digest(plan.stamp_of(file), file.digest)
+                file.digest = known.get(stamp[0]) or digest_file(plan.path_of(file))
+                if stamp[0] not in known:
+                    store.remember_digest(stamp, file.digest)
             except OSError as error:
                 file.skipped, lost = f"cannot be read: {reason(error)}", True
                 run.say(f"{plan.path_of(file)} is left out: {file.skipped}")

@@ -6,6 +6,8 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 
 from trainer_core import rng
@@ -79,7 +81,8 @@ class DataPlan:
 
     def stamp_of(self, file: MediaFile) -> Stamp:
         """Return what the store knows a file by."""
-        return str(self.path_of(file)), file.size, file.mtime_ns
+        folder = self.datasets[file.dataset].folder
+        return f"{folder}/{file.name}", file.size, file.mtime_ns
 
     def sample_id(self, sample: Sample) -> str:
         """Return a name for messages, such as my-clips/walk.mp4 or my-clips/walk.mp4#73."""
@@ -213,14 +216,15 @@ def _files_of(
     found = listing(dataset.folder)
     captions = caption_reader(dataset, found, store)
     media = [item for item in found.values() if item.kind or item.problem]
-    stamps = [(str(dataset.folder / i.name), i.size, i.mtime_ns) for i in media if not i.problem]
+    root = str(dataset.folder)
+    stamps = [(f"{root}/{i.name}", i.size, i.mtime_ns) for i in media if not i.problem]
     known = store.probes(stamps)
     with progress(f"probe {dataset.id}", len(media)) as advance:
         for item in media:
             file = MediaFile(number, item.name, item.size, item.mtime_ns)
             file.skipped = item.problem or _wrong_kind(item, dataset)
             if not file.skipped:
-                _look_at(file, item, dataset, known.get(str(dataset.folder / item.name)), store)
+                _look_at(file, item, dataset, known.get(f"{root}/{item.name}"), store)
             if not file.skipped:
                 try:
                     file.captions = captions(item.name)
@@ -237,9 +241,9 @@ def _wrong_kind(item: Found, dataset: Dataset) -> str:
 
 
 def _look_at(file: MediaFile, item: Found, dataset: Dataset, known: object, store: Store) -> None:
-    path = dataset.folder / item.name
     if known is None:
         assert item.kind is not None
+        path = dataset.folder / item.name
         try:
             known = probe(path, item.kind)
         except Unreadable as error:
@@ -251,6 +255,18 @@ def _look_at(file: MediaFile, item: Found, dataset: Dataset, known: object, stor
         file.skipped = str(known)
 
 
+@lru_cache(maxsize=65536)
+def _length(
+    found: Probe, dataset: Dataset, lengths: Lengths, spec: ModelSpec
+) -> tuple[Fraction | None, int, int | Refusal]:
+    """Return (rate, frames that the file gives at it, length of its clips or why none)."""
+    if found.kind == "image":
+        return None, 1, 1
+    rate = effective_rate(found.rate, rate_of(dataset, spec))
+    available = frames_at(found, rate)
+    return rate, available, clip_length(available, lengths, spec)
+
+
 def _samples_of(plan: DataPlan, number: int, file: MediaFile) -> Iterator[Sample]:
     """Yield the samples of a file; sets ``file.skipped`` when there is none."""
     dataset, spec, found = plan.datasets[file.dataset], plan.spec, file.probe
@@ -258,13 +274,7 @@ def _samples_of(plan: DataPlan, number: int, file: MediaFile) -> Iterator[Sample
     if why := too_small(found.width, found.height, dataset):
         file.skipped = why
         return
-    rate = None
-    count: int | Refusal = 1
-    available = 1
-    if found.kind == "video":
-        rate = effective_rate(found.rate, rate_of(dataset, spec))
-        available = frames_at(found, rate)
-        count = clip_length(available, plan.lengths[file.dataset], spec)
+    rate, available, count = _length(found, dataset, plan.lengths[file.dataset], spec)
     if isinstance(count, Refusal):
         file.skipped = count.reason
         return

@@ -107,8 +107,13 @@ class Store:
     def probes(self, stamps: Sequence[Stamp]) -> dict[str, Probe | str]:
         """Return path → what the header said, or why it is unreadable; unknown ones are absent."""
         found: dict[str, Probe | str] = {}
+        # files of one kind share a probe: 100,000 files stay small
+        shared: dict[tuple[Any, ...], Probe] = {}
         for path, _, _, kind, frames, rate, width, height, problem in self._rows("probes", stamps):
-            found[path] = problem or Probe(kind, frames, Fraction(rate), width, height)
+            key = (kind, frames, rate, width, height)
+            if not problem and key not in shared:
+                shared[key] = Probe(kind, frames, Fraction(rate), width, height)
+            found[path] = problem or shared[key]
         return found
 
     def remember_probe(self, stamp: Stamp, probe: Probe | str) -> None:

@@ -113,7 +113,7 @@ def test_broken_files(world):
         path.write_text(text, encoding="latin-1")
         with pytest.raises(ConfigError):
             load_backends(path, world.settings)
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(ConfigError, match="there is no such file"):
         load_backends(world.root / "absent.json", world.settings)
 
 

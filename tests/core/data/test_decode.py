@@ -162,11 +162,11 @@ def test_transparent_pixels_are_white(tmp_path):
 
 
 def test_one_resize_is_antialiased_and_the_crop_exact():
-    checks = torch.zeros(64, 96, 3, dtype=torch.uint8)
+    checks = torch.zeros(66, 96, 3, dtype=torch.uint8)
     checks[::2, ::2] = checks[1::2, 1::2] = 255
-    small = fit(checks, CropPlan(24, 16, 4, 2, 16, 8))
+    small = fit(checks, CropPlan(32, 22, 4, 2, 16, 8))
     assert small.shape == (3, 8, 16)
-    # a checkerboard becomes grey; without antialiasing it would stay black or white
-    assert (small.float() - 127.5).abs().max() < 12
+    # a checkerboard becomes grey; without antialiasing it would stay black and white
+    assert (small.float() - 127.5).abs().max() < 40
     ramp = torch.arange(96, dtype=torch.uint8)[None, :, None].expand(64, 96, 3).contiguous()
     assert fit(ramp, CropPlan(96, 64, 10, 3, 16, 16))[0, 0].tolist() == list(range(10, 26))
