@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -201,10 +202,24 @@ def ended(training: Training) -> int:
             "The same command goes on from there."
         )
         return 128 + int(training.stop)
-    say(f"Done: {training.step} steps. In {current.output_dir}:")
+    say(f"Done: {training.step} steps.")
+    for name, (first, last) in held_out(current.output_dir / persistence.EVENTS).items():
+        say(f"  held-out loss {first:.4f} before, {last:.4f} after ({name})")
+    say(f"In {current.output_dir}:")
     for line in contents(current.output_dir):
         say(f"  {line}")
     return 0
+
+
+def held_out(events: Path) -> dict[str, tuple[float, float]]:
+    """Return the first and last held-out loss by dataset, from the event log."""
+    found: dict[str, tuple[float, float]] = {}
+    for line in events.read_text().splitlines():
+        event = json.loads(line)
+        if event["kind"] == "eval":
+            values = {k: v for k, v in event.items() if k.startswith("eval/")}
+            found |= {name: (found.get(name, (v, v))[0], v) for name, v in values.items()}
+    return found
 
 
 def contents(folder: Path) -> Iterator[str]:

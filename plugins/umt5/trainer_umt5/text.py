@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,9 +74,28 @@ def load(
     """
     from transformers import AutoTokenizer, UMT5EncoderModel
 
-    network, facts = UMT5EncoderModel.from_pretrained(
-        model, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-    )
+    with _without_bars():
+        network, facts = UMT5EncoderModel.from_pretrained(
+            model,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
     network.eval().requires_grad_(False).to(device)
     return TextEncoder(words, network), tuple(sorted(facts["missing_keys"]))
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers' own progress bars from tearing the trainer's."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
