@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from trainer_core.training import Training
 
 
+MOST_FILES = 40
+"""Clips that ``run`` and ``check`` list one by one; of larger datasets they list what is not used."""
+
+
 @dataclass(frozen=True)
 class Session:
     """What every command sets up first: the run context and the plan of the data."""
@@ -62,7 +66,7 @@ def check(resolved: Resolved, host: Host) -> int:
     """Do everything up to the first step that needs no accelerator, and say what would happen."""
     with blame(host):
         session = prepare(resolved, host)
-        render_report(session.plan, session.display.console)
+        render_report(session.plan, session.display.console, most_files=MOST_FILES)
         encoders = collect_encoders(session.run, host)
         for encoder in encoders:
             encoder.identity()
@@ -143,7 +147,7 @@ def collect_encoders(current: Run, host: Host) -> list[Encoder]:
 
 def _run(session: Session) -> int:
     current, host, display = session.run, session.host, session.display
-    render_report(session.plan, display.console)
+    render_report(session.plan, display.console, most_files=MOST_FILES)
     say_schedule(session)
     checkpoint = persistence.find_start(current, session.identity)
     cached = cache(session)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer_core.data.frames import targets
-from trainer_core.data.probe import Unreadable, reason, shown_size
+from trainer_core.data.probe import Unreadable, reason, rotation, shown_size
 from trainer_core.data.types import CropPlan, FramePlan, Probe
 
 if TYPE_CHECKING:
@@ -19,10 +20,13 @@ SEEK_AFTER = 48
 
 
 class TooShort(Exception):
-    """A file has fewer frames than its header says. probe: what decoding found, None if nothing."""
+    """A file has fewer frames, or another shape, than its header says.
+
+    probe: what decoding found, None if nothing.
+    """
 
     def __init__(self, probe: Probe | None) -> None:
-        super().__init__("fewer frames than the header says")
+        super().__init__("other frames than the header says")
         self.probe = probe
 
 
@@ -41,7 +45,13 @@ def decode(path: Path, frames: FramePlan, crop: CropPlan, *, probe: Probe) -> Te
     done = 0
     try:
         with av.open(str(path)) as container:
-            stamps = _stamps(container, container.streams.video[0])
+            stream = container.streams.video[0]
+            codec, aspect = stream.codec_context, stream.sample_aspect_ratio
+            real = shown_size(codec.width, codec.height, aspect, rotation(path))
+            if real != (probe.width, probe.height):
+                # some files tell their pixel aspect only in the coded stream
+                raise TooShort(replace(probe, width=real[0], height=real[1]))
+            stamps = _stamps(container, stream)
         with av.open(str(path)) as container:
             for picture in _wanted(container, stamps, frames, probe):
                 clip[done] = fit(picture, crop)
@@ -169,17 +179,13 @@ def measure(path: Path, probe: Probe) -> Probe | None:
     """Return the probe with the frames that really decode, None if none does. Decodes all."""
     import av
 
-    count, first, last, size = 0, 0, 0, (probe.width, probe.height)
+    count, first, last = 0, 0, 0
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             for picture in _pictures(container, stream):
                 if not count:
                     first = picture.pts or 0
-                    size = shown_size(
-                        picture.width, picture.height, stream.sample_aspect_ratio,
-                        round(picture.rotation),
-                    )  # fmt: skip
                 last = picture.pts if picture.pts is not None else last
                 count += 1
             span = (last - first) * stream.time_base if count else Fraction(0)
@@ -188,4 +194,4 @@ def measure(path: Path, probe: Probe) -> Probe | None:
     if not count:
         return None
     rate = Fraction(count - 1) / span if span > 0 else probe.rate
-    return Probe("video", count, rate, size[0], size[1])
+    return Probe("video", count, rate, probe.width, probe.height)

@@ -265,6 +265,8 @@ def _correct(data: CachedData, store: Store, file: MediaFile, error: Exception) 
     else:
         file.probe = found
         file.note = f"header says {before.frames} frames, {found.frames} can be decoded"
+        if found.frames == before.frames:
+            file.note = f"pixels are not square, shown as {found.width}x{found.height}"
         store.remember_probe(plan.stamp_of(file), found)
     store.flush()
     data.run.say(f"{plan.path_of(file)}: {file.note or file.skipped}")

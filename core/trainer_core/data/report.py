@@ -17,12 +17,21 @@ if TYPE_CHECKING:
 FILE_COLUMNS = ("file", "source", "bucket", "span", "frames", "tokens", "note")
 BUCKET_COLUMNS = ("dataset", "bucket", "samples", "uses per epoch", "tokens per step")
 
+UNUSED = ("skipped:", "left out:")
 
-def render_report(plan: DataPlan, console: Console) -> None:
-    """Print the plan: tables in a terminal, plain lines elsewhere."""
+
+def render_report(plan: DataPlan, console: Console, *, most_files: int | None = None) -> None:
+    """Print the plan: tables in a terminal, plain lines elsewhere.
+
+    most_files: of datasets with more files, only those that are not used are listed.
+    """
     for number, dataset in enumerate(plan.datasets):
         title = f"dataset {dataset.id} ({dataset.folder})"
-        _table(console, title, FILE_COLUMNS, file_rows(plan, number))
+        rows = file_rows(plan, number)
+        if most_files is not None and len(rows) > most_files:
+            rows = [row for row in rows if row[-1].startswith(UNUSED)]
+            title += ": only what is not used; `trainer data` lists every clip"
+        _table(console, title, FILE_COLUMNS, rows)
     _table(console, "buckets", BUCKET_COLUMNS, bucket_rows(plan))
     for line in [*summary(plan), *(f"note: {text}" for text in notes(plan))]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -139,7 +139,13 @@ def test_unreadable_files_say_why(tmp_path):
 
 def test_pixel_aspect(tmp_path):
     path = write(tmp_path / "a.mp4", count=2, options={"x264-params": "sar=4/3"})
-    assert probe(path, "video").width == 128
+    header = probe(path, "video")
+    with pytest.raises(TooShort) as caught:
+        decode(path, FramePlan(0, 2), WHOLE, probe=header)
+    real = caught.value.probe
+    assert (real.width, real.height, real.frames) == (128, 64, 2)
+    clip = decode(path, FramePlan(0, 2), CropPlan(128, 64, 0, 0, 128, 64), probe=real)
+    assert numbers(clip) == [0, 1]
 
 
 def test_an_image_is_a_clip_of_one_frame_turned_as_its_camera_says(tmp_path):

@@ -1,0 +1,1 @@
+"""Writes the reference pages from the code: hooks, settings, the data backend file, a schema."""
