@@ -37,7 +37,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 docs: $(STAMP)
-	$(BIN)/python -m trainer_core.settings.explain docs/reference
+	$(BIN)/python -m trainer_core.reference docs/reference
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest tests/bench -q

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from trainer_core import capabilities, hookspecs, run, types
@@ -31,7 +31,9 @@ _FIELD = re.compile(r"^([a-z]\w*(?:, [a-z]\w*)*): ")
 def hooks_page(catalogue: Catalogue) -> str:
     """Return ``docs/reference/hooks.md``."""
     lines = ["# Hooks", "", *_prose(inspect.getdoc(hookspecs) or ""), ""]
-    lines += ["This page is generated from `hookspecs.py`, `types.py`, `capabilities.py` and `run.py`."]
+    lines += [
+        "This page is generated from `hookspecs.py`, `types.py`, `capabilities.py` and `run.py`."
+    ]
     for node in hook_nodes():
         lines += _hook(node, catalogue)
     for title, module, about in (
@@ -39,7 +41,7 @@ def hooks_page(catalogue: Catalogue) -> str:
         ("Capabilities", capabilities, inspect.getdoc(capabilities) or ""),
         ("The run", run, "What a hook gets as `run`, and typed state that plugins share."),
     ):
-        lines += ["", f"# {title}", "", *_prose(about)]
+        lines += ["", f"## {title}", "", *_prose(about)]
         for declared in _body(module):
             lines += _declaration(module, declared)
     return "\n".join(lines) + "\n"
@@ -56,13 +58,8 @@ def users(hook: str, catalogue: Catalogue) -> list[str]:
 
 
 def _hook(node: ast.FunctionDef, catalogue: Catalogue) -> Iterator[str]:
-    spec = getattr(hookspecs, node.name)
-    options = getattr(spec, f"{hookspecs.PROJECT}_spec")
-    rules = ["first result" if options.get("firstresult") else "all answers count"]
-    if node.name in hookspecs.WRAPPABLE:
-        rules.append("wrappers allowed")
     yield from ("", f"## {node.name}", "", "```python", *_signature(hookspecs, node), "```", "")
-    yield from (f"*{', '.join(rules)}*", "", *_prose(ast.get_docstring(node) or ""), "")
+    yield from (*_prose(ast.get_docstring(node) or ""), "")
     found = [f"`{name}`" for name in users(node.name, catalogue)]
     if node.name in CORE_USES:
         found.append(CORE_USES[node.name])
@@ -77,16 +74,17 @@ def _declaration(module: ModuleType, node: ast.stmt) -> Iterator[str]:
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
         name = node.targets[0].id
         if name[0].isupper() and len(name) > 1:
-            yield from ("", f"## {name}", "", "```python", *_source(module, node), "```")
+            yield from ("", f"### {name}", "", "```python", *_source(module, node), "```")
         return
     if not isinstance(node, ast.ClassDef) or node.name.startswith("_"):
         return
-    yield from ("", f"## {node.name}")
-    fields = [line for item in node.body for line in _field(module, item)]
+    yield from ("", f"### {node.name}")
+    fields = [line for item in node.body if _is_field(item) for line in _source(module, item)]
     if fields:
         yield from ("", "```python", *fields, "```")
-    yield from ("", *_prose(ast.get_docstring(node) or ""))
     methods = [item for item in node.body if isinstance(item, ast.FunctionDef)]
+    names = [item.split(":")[0] for item in fields if item[0].isalpha()] or _attributes(methods)
+    yield from ("", *_prose(ast.get_docstring(node) or "", names))
     for method in methods:
         if not method.name.startswith("_") and not _is_setter(method):
             yield from _method(module, method)
@@ -94,19 +92,29 @@ def _declaration(module: ModuleType, node: ast.stmt) -> Iterator[str]:
 
 def _method(module: ModuleType, node: ast.FunctionDef) -> Iterator[str]:
     signature = " ".join(line.strip() for line in _signature(module, node))
-    signature = signature.replace("( ", "(").replace(", )", ")").removesuffix(":")
+    signature = (
+        signature.replace("( ", "(").replace(", )", ")").replace(" )", ")").removesuffix(":")
+    )
     is_property = any(ast.unparse(item) == "property" for item in node.decorator_list)
     shown = f"{node.name}: {ast.unparse(node.returns)}" if is_property and node.returns else None
     about = " ".join(_plain(ast.get_docstring(node) or "").split())
     yield from ("", f"- `{shown or signature.removeprefix('def ')}`: {about}")
 
 
+def _attributes(methods: Sequence[ast.FunctionDef]) -> list[str]:
+    """Return the properties of a class and what its methods assign to ``self``."""
+    inner = [item for method in methods for item in ast.walk(method)]
+    stored = [item for item in inner if isinstance(item, ast.Attribute)]
+    names = [item.attr for item in stored if isinstance(item.ctx, ast.Store)]
+    return [*names, *(method.name for method in methods if method.decorator_list)]
+
+
 def _is_setter(node: ast.FunctionDef) -> bool:
     return any(isinstance(item, ast.Attribute) for item in node.decorator_list)
 
 
-def _field(module: ModuleType, node: ast.stmt) -> list[str]:
-    return _source(module, node) if isinstance(node, ast.AnnAssign) else []
+def _is_field(node: ast.stmt) -> bool:
+    return isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
 
 
 def _body(module: ModuleType) -> list[ast.stmt]:
@@ -130,11 +138,18 @@ def _plain(text: str) -> str:
     return text.replace("``", "`")
 
 
-def _prose(docstring: str) -> list[str]:
-    """Return a docstring as Markdown: labelled lines are paragraphs, described fields a list."""
+def _prose(docstring: str, fields: Sequence[str] = ()) -> list[str]:
+    """Return a docstring as Markdown: labelled lines are paragraphs, described fields a list.
+
+    fields: names whose description may also begin in the middle of a line.
+    """
     lines: list[str] = []
     in_list = False
-    for line in _plain(inspect.cleandoc(docstring)).splitlines():
+    text = _plain(inspect.cleandoc(docstring))
+    if fields:
+        one = f"(?:{'|'.join(fields)})"
+        text = re.sub(rf"(?<=[.\])]) (?={one}(?:, {one})*: )", "\n", text)
+    for line in text.splitlines():
         if match := _FIELD.match(line):
             if not in_list and lines and lines[-1]:
                 lines.append("")
