@@ -13,7 +13,11 @@ def __getattr__(name: str) -> object:
     if name.startswith("_"):
         raise AttributeError(name)
     from importlib import import_module
+    from importlib.util import find_spec
 
+    if find_spec(f"{__name__}.{name}") is not None:
+        # `from trainer_core import rng` asks here first; importing the names now would be a circle.
+        raise AttributeError(name)
     api = import_module("trainer_core.api")
     if name not in api.__all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

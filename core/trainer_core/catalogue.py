@@ -267,12 +267,12 @@ def _load(name: str, points: list[metadata.EntryPoint]) -> Entry:
     version = point.dist.version if point.dist is not None else ""
     distribution = _distribution(point)
     if len(points) > 1:
-        both = " and ".join(_distribution(each) for each in points)
+        both = " and ".join(sorted(_distribution(each) for each in points))
         error = f"{both} both bring a plugin of this name; uninstall one of them"
         return Entry(name, None, version=version, distribution=distribution, error=error)
     try:
         plugin = point.load()
-    except Exception as error:  # whatever a stranger's import raises must not break other runs
+    except (Exception, SystemExit) as error:  # a stranger's import must not break other runs
         reason = f"its import failed: {type(error).__name__}: {error}"
         return Entry(name, None, version=version, distribution=distribution, error=reason)
     return read_entry(name, plugin, version=version, distribution=distribution)

@@ -23,6 +23,7 @@ from trainer_core.files import (
     digest_json,
     read_tensors,
     remove_folder,
+    replace_folder,
     sync,
     write_json,
     write_tensors,
@@ -64,9 +65,7 @@ def write(
         fill(work)
         write_json(work / "state.json", {"step": step, **state})
         _write_manifest(work)
-        if final.exists():
-            remove_folder(final)
-        work.rename(final)
+        replace_folder(work, final)
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
         raise CheckpointError(
@@ -74,7 +73,6 @@ def write(
             "earlier checkpoints are untouched. Make room or make the folder writable, then start "
             "the same command again."
         ) from error
-    sync(output_dir)
     return final
 
 
@@ -158,13 +156,17 @@ def find(output_dir: Path, resume: str, *, say: Callable[[str], None]) -> Checkp
     return None
 
 
-def prune(output_dir: Path, *, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints (0 keeps all) and what a crash left half-done."""
+def prune(output_dir: Path, *, keep: int, spare: int | None = None) -> None:
+    """Delete all but the newest ``keep`` checkpoints (0 keeps all) and what a crash left half-done.
+
+    spare: a step whose checkpoint stays, whatever its age.
+    """
     for rest in output_dir.glob(".checkpoint-*"):
         if rest.suffix in (".writing", ".deleted"):
             shutil.rmtree(rest, ignore_errors=True)
-    for step in steps(output_dir)[: -keep or None] if keep else []:
-        remove_folder(output_dir / f"checkpoint-{step}")
+    for step in steps(output_dir)[:-keep] if keep else []:
+        if step != spare:
+            remove_folder(output_dir / f"checkpoint-{step}")
 
 
 def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:

@@ -22,10 +22,16 @@ class Problem:
     has_value: bool = True
 
     def __str__(self) -> str:
-        head = f"{self.where}: {self.key}" if self.where else self.key
+        key = self.key if self.key.strip() and len(self.key) <= 200 else _short(self.key)
+        head = f"{self.where}: {key}" if self.where else key
         shown = f" = {_short(self.value)}" if self.has_value else ""
         out = f" {self.way_out}" if self.way_out else ""
-        return f"{head}{shown}: {self.text}{out}"
+        return _one_line(f"{head}{shown}: {self.text}{out}")
+
+
+def _one_line(text: str) -> str:
+    """Return a text in which control characters, that may come from a file, are written out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _short(value: object, limit: int = 80) -> str:

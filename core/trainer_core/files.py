@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK_BYTES = 1 << 22
+MOST_NAME_BYTES = 255
 
 
 def digest_file(path: Path) -> str:
@@ -23,6 +24,31 @@ def digest_file(path: Path) -> str:
         while chunk := file.read(CHUNK_BYTES):
             state.update(chunk)
     return state.hexdigest()
+
+
+class RememberedDigests:
+    """Digests of large files, kept in a JSON file by path, size and modification time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def of(self, file: Path) -> str:
+        """Return the digest of a file; it is read only if it changed since it was last read."""
+        status = file.stat()
+        key, facts = str(file.resolve()), [status.st_size, status.st_mtime_ns]
+        known = self._read()
+        if key not in known or known[key][:2] != facts:
+            known[key] = [*facts, digest_file(file)]
+            write_json(self.path, known)
+        digest: str = known[key][2]
+        return digest
+
+    def _read(self) -> dict[str, list[Any]]:
+        try:
+            known = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return known if isinstance(known, dict) else {}
 
 
 def digest_json(value: Any) -> str:
@@ -88,6 +114,32 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(path)
+
+
+def blocked(folder: Path) -> str | None:
+    """Return why nothing can be written into a folder, there or yet to be made; None if it can."""
+    there = folder.absolute()
+    if any(len(os.fsencode(part)) > MOST_NAME_BYTES for part in there.parts):
+        return f"has a name of more than {MOST_NAME_BYTES} bytes."
+    try:
+        while not os.path.lexists(there):
+            there = there.parent
+        if not there.is_dir():
+            what = "a file" if there.is_file() else "no folder"
+            return f"{there} is {what}, so no folder can be there."
+        if not os.access(there, os.W_OK | os.X_OK):
+            return f"{there} cannot be written to."
+    except OSError as error:
+        return f"cannot be a folder: {error.strerror}."
+    return None
+
+
+def replace_folder(work: Path, final: Path) -> None:
+    """Give a finished folder its final name; the folder that had it is deleted."""
+    if final.exists():
+        remove_folder(final)
+    work.rename(final)
+    sync(final.parent)
 
 
 def remove_folder(path: Path) -> None:

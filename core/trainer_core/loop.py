@@ -47,17 +47,15 @@ def setup(
     groups = parameter_groups(run, host)
     routes = inside_the_forward(run, host)
     optimizer = host.hooks.build_optimizer(run=run, groups=groups)  # HOOK first result
-    if optimizer is None:
-        raise PluginError(f"no plugin built the optimizer {settings.optimizer!r}")
+    assert optimizer is not None  # core's own answer last, with an error
     loader = Loader(data, run, start_step=start.step)
     training = Training(
         run=run, host=host, display=display, events=start.events, trackers=start.trackers,
-        meter=Meter(), groups=groups, routes=routes, optimizer=optimizer,
-        ema=averaged(run),
+        meter=Meter(), groups=groups, routes=routes, optimizer=optimizer, ema=averaged(run),
         sampler=SigmaSampler(settings, run.spec.experts), loader=loader,
         eval_batches=loader.eval_batches(settings.num_eval_images),
-        total_steps=persistence.total_steps(settings, loader.steps_per_epoch), run_id=start.run_id,
-        data_digest=data.plan.digest, identity=start.identity, step=start.step,
+        total_steps=persistence.total_steps(settings, loader.batches_per_epoch), run_id=start.run_id,
+        data_digest=data.plan.digest, identity=start.identity, saved_step=start.step, step=start.step,
     )  # fmt: skip
     persistence.restore(training, start.checkpoint)
     return training
@@ -148,3 +146,5 @@ def train(training: Training) -> None:
                 validation.duties(training)
     if training.stop is None:
         persistence.finish(training)
+    elif training.step > training.saved_step:  # the signal came after the step, in validation
+        persistence.save(training)

@@ -8,6 +8,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,15 @@ class Trackers:
             )
 
 
+@dataclass(frozen=True)
+class Row:
+    """The scalars of one step and the names of its samples."""
+
+    step: int
+    scalars: dict[str, float]
+    sample_ids: Sequence[str]
+
+
 class Meter:
     """Scalars that stay on the device until they are read together."""
 
@@ -104,7 +114,7 @@ class Meter:
         """Keep the scalars of a step: 0-d tensors or numbers."""
         self._steps.append((step, dict(scalars), sample_ids))
 
-    def read(self) -> list[tuple[int, dict[str, float]]]:
+    def read(self) -> list[Row]:
         """Return the scalars since the last reading, by step; one host synchronisation."""
         import torch
 
@@ -114,22 +124,25 @@ class Meter:
         tensors = [v.detach().float() for v in flat if isinstance(v, torch.Tensor)]
         numbers = iter(torch.stack(tensors).tolist() if tensors else [])  # host sync
         steps, self._steps = self._steps, []
-        result = []
-        for step, scalars, sample_ids in steps:
-            values = {
-                name: next(numbers) if isinstance(value, torch.Tensor) else float(value)
-                for name, value in scalars.items()
-            }
-            _check_finite(step, values, sample_ids)
-            result.append((step, values))
-        return result
+        return [
+            Row(
+                step,
+                {
+                    name: next(numbers) if isinstance(value, torch.Tensor) else float(value)
+                    for name, value in scalars.items()
+                },
+                sample_ids,
+            )
+            for step, scalars, sample_ids in steps
+        ]
 
 
-def _check_finite(step: int, values: Mapping[str, float], sample_ids: Sequence[str]) -> None:
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
+def check_finite(row: Row) -> None:
+    """Raise TrainerError that names step, scalar and samples where a value is not finite."""
+    bad = [name for name, value in row.scalars.items() if not math.isfinite(value)]
     if bad:
         raise TrainerError(
-            f"step {step}: {', '.join(bad)} is not finite; samples: {', '.join(sample_ids)}. Nothing "
-            "was saved after it. Lower learning_rate or max_grad_norm, or look at these samples; the "
-            "last checkpoint is untouched and the same command resumes from it."
+            f"step {row.step}: {', '.join(bad)} is not finite; samples: {', '.join(row.sample_ids)}. "
+            "Nothing was saved after it: the same command goes on from the checkpoint before it, if "
+            "there is one. Lower learning_rate or max_grad_norm, or look at these samples."
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trainer_core.errors import ConfigError, Problem
+from trainer_core.catalogue import did_you_mean
+from trainer_core.errors import ConfigError, PluginError, Problem
 from trainer_core.hookspecs import hookimpl
+from trainer_core.settings.arguments import parse_arguments
 from trainer_core.types import ParameterGroup, PluginInfo
 
 if TYPE_CHECKING:
@@ -22,23 +24,6 @@ COMPENSATED = ("adamw_bf16", "optimi-adamw", "optimi-lion", "optimi-stableadamw"
 """Optimisers that train bfloat16 weights soundly: Kahan summation keeps what rounding drops."""
 
 
-def parse_arguments(text: str | None) -> dict[str, Any]:
-    """Return the arguments in text such as ``weight_decay=0.01,betas=(0.9,0.99)``; literals only."""
-    if not text:
-        return {}
-    try:
-        call = ast.parse(f"f({text})", mode="eval").body
-        assert isinstance(call, ast.Call)
-        if call.args or any(word.arg is None for word in call.keywords):
-            raise ValueError("only name=value")
-        return {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
-    except (SyntaxError, ValueError, AssertionError) as error:
-        way_out = 'Write name=value pairs, such as "weight_decay=0.01,betas=(0.9,0.99)".'
-        raise ConfigError(
-            [Problem("optimizer_config", "is not a list of name=value.", text, way_out=way_out)]
-        ) from error
-
-
 class Optimizers:
     """Core's own plugin: torch AdamW and the optimisers of torch-optimi."""
 
@@ -46,29 +31,56 @@ class Optimizers:
     name = "optimizers"
 
     @hookimpl
-    def build_optimizer(
-        self, run: Run, groups: Sequence[ParameterGroup]
-    ) -> torch.optim.Optimizer | None:
-        """Return the optimiser that the settings name, if it is one of core's."""
-        name = run.settings.optimizer
-        made = _factory(name)
-        if made is None:
-            return None
-        factory, defaults = made
-        arguments = {**defaults, **parse_arguments(run.settings.optimizer_config)}
+    def build_optimizer(self, run: Run, groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
+        """Return the optimiser that the settings name; core is asked last and refuses unknown ones."""
         base = run.settings.learning_rate
         param_groups = [
             {"params": [p for _, p in group.parameters], "lr": group.learning_rate or base}
             for group in groups
         ]
-        try:
-            optimizer: torch.optim.Optimizer = factory(param_groups, lr=base, **arguments)
-        except (TypeError, ValueError) as error:
-            problem = Problem(
-                "optimizer_config", f"{name} refuses it: {error}.", run.settings.optimizer_config
+        optimizer = _build(run.settings, param_groups)
+        if optimizer is None:
+            raise PluginError(
+                f"no plugin of this run built the optimizer {run.settings.optimizer!r}"
             )
-            raise ConfigError([problem]) from error
         return optimizer
+
+
+def check_arguments(settings: OptimizerKeys) -> None:
+    """Raise ConfigError where one of core's optimisers refuses ``optimizer_config``: before any work."""
+    _build(settings, [{"params": [nn.Parameter(torch.zeros(1))]}])
+
+
+def _build(
+    settings: OptimizerKeys, param_groups: Sequence[dict[str, Any]]
+) -> torch.optim.Optimizer | None:
+    name, text = settings.optimizer, settings.optimizer_config
+    made = _factory(name)
+    if made is None:
+        return None
+    factory, defaults = made
+    given = parse_arguments(text)
+    _check_names(name, factory, given, text)
+    try:
+        optimizer: torch.optim.Optimizer = factory(
+            param_groups, lr=settings.learning_rate, **{**defaults, **given}
+        )
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        way_out = "Correct that argument, or remove the key."
+        problem = Problem("optimizer_config", f"{name} refuses it: {reason}.", text, "", way_out)
+        raise ConfigError([problem]) from error
+    return optimizer
+
+
+def _check_names(name: str, factory: Any, given: Iterable[str], text: str | None) -> None:
+    takes = [word for word in inspect.signature(factory).parameters if word not in ("params", "lr")]
+    for word in given:
+        if word not in takes:
+            known = f"It takes {', '.join(takes)}."
+            way_out = "Set learning_rate instead." if word == "lr" else known
+            reason = f"{name} takes no {word} here{did_you_mean(word, takes) or '.'}"
+            raise ConfigError([Problem("optimizer_config", reason, text, "", way_out)])
 
 
 def _factory(name: str) -> tuple[Any, dict[str, Any]] | None:
@@ -150,10 +162,15 @@ def clip_gradients(parameters: Iterable[nn.Parameter], *, limit: float, method: 
     with_grad = [p for p in parameters if p.grad is not None]
     if not with_grad:
         return torch.zeros(())
-    if method == "norm":
-        return nn.utils.clip_grad_norm_(with_grad, limit or math.inf)
     grads = [p.grad for p in with_grad if p.grad is not None]
-    largest = torch.stack(torch._foreach_norm(grads, math.inf)).max()
-    if limit:
+    order = 2.0 if method == "norm" else math.inf
+    # in float32, whatever the gradients are: a norm in bfloat16 has three digits
+    norms = torch._foreach_norm(grads, order, dtype=torch.float32)
+    total: Tensor = torch.linalg.vector_norm(
+        torch.stack([n.to(norms[0].device) for n in norms]), order
+    )
+    if limit and method == "norm":
+        torch._foreach_mul_(grads, (limit / (total + 1e-6)).clamp(max=1.0))
+    elif limit:
         nn.utils.clip_grad_value_(with_grad, limit)
-    return largest
+    return total

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,20 +64,31 @@ def find_start(run: Run, identity: Identity) -> Checkpoint | None:
     resume = run.settings.resume_from_checkpoint
     found = checkpoints.find(run.output_dir, resume, say=run.say)
     if found is not None:
-        checkpoints.check_same_run(
-            found, settings=identity.fixed, plugins=identity.versions, data=found.state["data"]
-        )
+        check_same(found, identity, data=found.state["data"])
     return found
 
 
+def check_same(checkpoint: Checkpoint, identity: Identity, *, data: str) -> None:
+    """Refuse a checkpoint of other settings, plugins or data (its digest)."""
+    checkpoints.check_same_run(
+        checkpoint, settings=identity.fixed, plugins=identity.versions, data=data
+    )
+
+
 def begin(run: Run, host: Host, identity: Identity, checkpoint: Checkpoint | None) -> Start:
-    """Open the event log and the trackers; an earlier run's files are moved aside on a fresh start."""
+    """Open the event log and the trackers; nothing of an earlier run is overwritten or mixed in.
+
+    Called when all that a resume must find unchanged was checked.
+    """
     run.output_dir.mkdir(parents=True, exist_ok=True)
-    if checkpoint is None:
-        _move_aside(run)
     checkpoints.prune(run.output_dir, keep=0)
+    here = checkpoint is not None and checkpoint.folder.parent.samefile(run.output_dir)
+    if checkpoint is not None and here:
+        _move_aside(run, [f"checkpoint-{n}" for n in _later(run, checkpoint.step)])
+    else:
+        _move_aside(run, _products(run))
     events = EventLog(run.output_dir / EVENTS)
-    events.cut(int(checkpoint.state["log_bytes"]) if checkpoint else 0)
+    events.cut(int(checkpoint.state["log_bytes"]) if checkpoint and here else 0)
     trackers = Trackers(
         [(name, _tracker(run, track)) for name, track in host.calls("track")], say=run.say
     )
@@ -90,31 +101,63 @@ def begin(run: Run, host: Host, identity: Identity, checkpoint: Checkpoint | Non
     )
     identity.write(run.output_dir)
     trackers.put(Record("start", step=start.step, settings=identity.resolved))
+    if start.step:
+        _replay(run, start)
     return start
+
+
+def _replay(run: Run, start: Start) -> None:
+    """Give trackers the scalars of the checkpoint's step again: they drop what is not below it."""
+    for line in (run.output_dir / EVENTS).read_text().splitlines():
+        event = json.loads(line)
+        if event["kind"] == "step" and event["step"] == start.step:
+            scalars = {k: v for k, v in event.items() if k not in ("kind", "step")}
+            start.trackers.put(Record("scalars", step=start.step, scalars=scalars))
 
 
 def _tracker(run: Run, track: Callable[..., None]) -> Callable[[Record], None]:
     return lambda record: track(run=run, record=record)  # HOOK collected
 
 
-def _move_aside(run: Run) -> None:
+def _later(run: Run, step: int) -> list[int]:
+    """Return the steps of checkpoints that lie after the one that the run goes on from."""
+    return [number for number in checkpoints.steps(run.output_dir) if number > step]
+
+
+def _products(run: Run) -> list[str]:
+    """Return what a run that got as far as a checkpoint has left in the output folder."""
     steps = checkpoints.steps(run.output_dir)
-    if not steps:
+    finals = {Path(name).parts[0] for name in _final_files(run.output_dir / EVENTS)}
+    if not steps and not finals:
+        return []
+    return [f"checkpoint-{step}" for step in steps] + [EVENTS, "validation", *sorted(finals)]
+
+
+def _final_files(events: Path) -> list[str]:
+    if not events.exists():
+        return []
+    lines = [line for line in events.read_text().splitlines() if '"kind": "end"' in line]
+    return [name for line in lines for name in json.loads(line)["files"]]
+
+
+def _move_aside(run: Run, names: Sequence[str]) -> None:
+    there = [name for name in names if (run.output_dir / name).exists()]
+    if not there:
         return
     number = 1
     while (aside := run.output_dir / f"earlier-run-{number}").exists():
         number += 1
     aside.mkdir()
-    for name in [f"checkpoint-{step}" for step in steps] + [EVENTS, "validation"]:
-        if (path := run.output_dir / name).exists():
-            shutil.move(path, aside / name)
-    run.say(f"An earlier run in {run.output_dir} was moved to {aside}.")
+    for name in there:
+        (run.output_dir / name).rename(aside / name)
+    run.say(f"Of an earlier run, {', '.join(there)} moved to {aside}.")
 
 
-def total_steps(settings: CoreSettings, steps_per_epoch: int) -> int:
+def total_steps(settings: CoreSettings, batches_per_epoch: int) -> int:
     """Return the optimiser steps of the whole run; the shorter of the two lengths bounds it."""
     steps, epochs = settings.length
-    by_epochs = epochs * steps_per_epoch if epochs else None
+    batches = (epochs or 0) * batches_per_epoch
+    by_epochs = -(-batches // settings.gradient_accumulation_steps)
     bounds = [bound for bound in (steps, by_epochs) if bound]
     if not bounds:
         text = "the run has no length."
@@ -139,7 +182,10 @@ def save(training: Training) -> Path:
         folder = checkpoints.write(
             run.output_dir, step=training.step, state=state, fill=partial(_fill, training)
         )
-    checkpoints.prune(run.output_dir, keep=run.settings.checkpoints_total_limit)
+    training.saved_step = training.step
+    checkpoints.prune(
+        run.output_dir, keep=run.settings.checkpoints_total_limit, spare=training.step
+    )
     return folder
 
 
@@ -184,12 +230,6 @@ def restore(training: Training, checkpoint: Checkpoint | None) -> None:
     if checkpoint is None:
         return
     run, host, hooks = training.run, training.host, training.host.hooks
-    checkpoints.check_same_run(
-        checkpoint,
-        settings=training.identity.fixed,
-        plugins=training.identity.versions,
-        data=training.data_digest,
-    )
     if not hooks.load_weights(run=run, folder=checkpoint.folder):  # HOOK first result
         raise PluginError("no plugin loaded the weights of the checkpoint (hook load_weights)")
     saved = checkpoint.tensors("plugin_parameters.safetensors")
@@ -217,3 +257,5 @@ def finish(training: Training) -> None:
                 names = _save_weights(training, run.output_dir / "ema", final=True)
                 written += [f"ema/{name}" for name in names]
     training.events.write("end", step=training.step, files=sorted(written))
+    training.events.flush()
+    training.finished = True

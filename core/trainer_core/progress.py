@@ -15,9 +15,9 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 PLAIN_INTERVAL_S = 10.0
 GIB = 1 << 30
@@ -51,11 +51,16 @@ class Display:
 
     @contextmanager
     def _bar(self, title: str, total: int, start: int) -> Iterator[Callable[..., None]]:
+        whole = Column(no_wrap=True)
+        rest = Column(no_wrap=True, overflow="ellipsis", ratio=1)
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-        )  # fmt: skip
-        with Progress(*columns, console=self.console) as progress:
+            TextColumn("{task.description}", table_column=whole),
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(table_column=whole),
+            TimeRemainingColumn(elapsed_when_finished=True, table_column=whole),
+            TextColumn("{task.fields[note]}", table_column=rest),
+        )
+        with Progress(*columns, console=self.console, expand=True) as progress:
             task = progress.add_task(title, total=total, completed=start, note="")
 
             def advance(parts: int = 1, note: str | None = None) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer_core.distributed import peak_bytes
+from trainer_core.metrics import Row, check_finite
 from trainer_core.progress import step_note
 from trainer_core.training import num_tokens
 from trainer_core.types import Batch, Record
@@ -43,17 +44,19 @@ class Reporter:
         self._seconds += time.monotonic() - self._mark
         return self._write(rows) if rows else None
 
-    def _write(self, rows: Sequence[tuple[int, dict[str, float]]]) -> str:
+    def _write(self, rows: Sequence[Row]) -> str:
         training = self.training
-        for step, values in rows:
-            training.events.write("step", step=step, **values)
-            training.trackers.put(Record("scalars", step=step, scalars=values))
+        for row in rows:
+            check_finite(row)
+            training.events.write("step", step=row.step, **row.scalars)
+            training.trackers.put(Record("scalars", step=row.step, scalars=row.scalars))
+        last = rows[-1]
         timing = {
             "s_per_step": self._seconds / self._steps,
             "tokens_per_s": self._tokens / max(self._seconds, 1e-9),
             "peak_bytes": float(peak_bytes(training.run.device)),
         }
         self._seconds, self._steps, self._tokens = 0.0, 0, 0
-        training.events.write("timing", step=rows[-1][0], **timing)
-        training.trackers.put(Record("scalars", step=rows[-1][0], scalars=timing))
-        return step_note(rows[-1][1], timing)
+        training.events.write("timing", step=last.step, **timing)
+        training.trackers.put(Record("scalars", step=last.step, scalars=timing))
+        return step_note(last.scalars, timing)

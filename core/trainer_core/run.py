@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from trainer_core import rng
 from trainer_core.errors import PluginError
+from trainer_core.files import RememberedDigests
 from trainer_core.types import ForwardPlan, ModelInputs, ModelSpec, Moment, Placement, Prompt
 
 if TYPE_CHECKING:
@@ -115,6 +116,13 @@ class Run:
     @model.setter
     def model(self, model: Model) -> None:
         self._model = model
+
+    def file_digest(self, path: Path) -> str:
+        """Return the digest of a file's bytes, remembered in the cache folder by path, size and time.
+
+        For the identity of an encoder: weights of many gigabytes are read once, not at every start.
+        """
+        return RememberedDigests(Path(self.settings.cache_dir) / "weights.json").of(path)
 
     def generator(
         self,

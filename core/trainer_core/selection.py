@@ -288,9 +288,11 @@ class _Selector:
         self.check_capabilities()
         requires = {e.name: [self.resolve(n) for n in _names(e.info.requires)] for e in entries}
         if found := cycle(requires):
-            self.say("plugins", f"these require each other in a circle: {' → '.join(found)}.")
+            text = f"these require each other in a circle: {' → '.join(found)}."
+            self.say("plugins", text, "Leave all of them out; their authors must break the circle.")
         if found := cycle(self.after()):
-            self.say("plugins", f"each of these wants to come after the next: {' → '.join(found)}.")
+            text = f"each of these wants to come after the next: {' → '.join(found)}."
+            self.say("plugins", text, f"Leave {' or '.join(found[1:])} out.")
 
     def check_pair(self, first: Entry, second: Entry) -> None:
         both = f"'{first.name}' ({self.chosen[first.name]}) and '{second.name}' "

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -24,21 +24,29 @@ from trainer_core.data import (
 )
 from trainer_core.data.sampler import Sampler
 from trainer_core.distributed import placement, world
-from trainer_core.errors import PluginError, TrainerError
-from trainer_core.optim import schedule_sentence
+from trainer_core.errors import ConfigError, PluginError, Problem, TrainerError
+from trainer_core.faults import told
+from trainer_core.files import blocked
+from trainer_core.optim import check_arguments, schedule_sentence
 from trainer_core.persistence import Identity
 from trainer_core.phases import phase
 from trainer_core.progress import Display
 from trainer_core.run import Run
 from trainer_core.settings.explain import plugin_versions, write_settings
-from trainer_core.types import Encoder, Prompt
+from trainer_core.settings.idle import idle_keys
+from trainer_core.settings.load import located
+from trainer_core.types import Encoder, EncoderSample, LoadedEncoder, Prompt
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from trainer_core.plugins import Host
+    from trainer_core.settings.core import CoreSettings
     from trainer_core.settings.load import Resolved
     from trainer_core.training import Training
 
 
+STDERR = 2
 MOST_FILES = 40
 """Clips that ``run`` and ``check`` list one by one; of larger datasets they list what is not used."""
 
@@ -56,7 +64,7 @@ class Session:
 
 def run(resolved: Resolved, host: Host) -> int:
     """Train. Returns the exit code: 0, or 128 + the signal that ended the run early."""
-    with blame(host):
+    with told(), blame(host), located(resolved):
         session = prepare(resolved, host)
         with only_one(session.run.output_dir):
             return _run(session)
@@ -64,7 +72,7 @@ def run(resolved: Resolved, host: Host) -> int:
 
 def check(resolved: Resolved, host: Host) -> int:
     """Do everything up to the first step that needs no accelerator, and say what would happen."""
-    with blame(host):
+    with told(), blame(host), located(resolved):
         session = prepare(resolved, host)
         render_report(session.plan, session.display.console, most_files=MOST_FILES)
         encoders = collect_encoders(session.run, host)
@@ -79,7 +87,7 @@ def check(resolved: Resolved, host: Host) -> int:
 
 def data(resolved: Resolved, host: Host) -> int:
     """Print what becomes of every file."""
-    with blame(host):
+    with told(), blame(host), located(resolved):
         session = prepare(resolved, host)
         render_report(session.plan, session.display.console)
     return 0
@@ -90,9 +98,11 @@ def prepare(resolved: Resolved, host: Host) -> Session:
     display = Display()
     for choice in resolved.choices:
         display.say(f"plugin {choice.name}: {choice.why}")
-    for notice in resolved.unused:
+    for notice in (*resolved.unused, *idle_keys(resolved.core, resolved.origins)):
         display.say(notice)
     settings = resolved.core
+    _check_folders(settings)
+    check_arguments(settings)
     rank, world_size = world()
     current = Run(
         settings,
@@ -120,6 +130,16 @@ def prepare(resolved: Resolved, host: Host) -> Session:
         write=lambda folder: write_settings(resolved, folder),
     )
     return Session(current, host, display, plan, identity)
+
+
+def _check_folders(settings: CoreSettings) -> None:
+    """Refuse folders that cannot be made or written to, while nothing is lost by it."""
+    given = {"output_dir": settings.output_dir, "cache_dir": settings.cache_dir}
+    found = {key: (path, reason) for key, path in given.items() if (reason := blocked(Path(path)))}
+    way_out = "Name another folder."
+    problems = [Problem(k, text, path, "", way_out) for k, (path, text) in found.items()]
+    if problems:
+        raise ConfigError(problems)
 
 
 def collect_encoders(current: Run, host: Host) -> list[Encoder]:
@@ -151,6 +171,8 @@ def _run(session: Session) -> int:
     say_schedule(session)
     checkpoint = persistence.find_start(current, session.identity)
     cached = cache(session)
+    if checkpoint is not None:
+        persistence.check_same(checkpoint, session.identity, data=cached.plan.digest)
     start = persistence.begin(current, host, session.identity, checkpoint)
     training = None
     try:
@@ -176,7 +198,7 @@ def cache(session: Session) -> CachedData:
             session.plan,
             current,
             collect_encoders(current, session.host),
-            session.host.hooks,
+            Encoding(session.host, current),
             captions=list(dict.fromkeys(texts)),
             progress=session.display.task,
         )
@@ -187,11 +209,28 @@ def cache(session: Session) -> CachedData:
     return cached
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """Calls the encoders' plugins, each group of samples in the phase "encode"."""
+
+    host: Host
+    current: Run
+
+    def encode_batch(
+        self, *, run: Run, encoder: LoadedEncoder, samples: Sequence[EncoderSample]
+    ) -> Sequence[Mapping[str, Tensor]] | None:
+        """Return what the owner of ``encoder`` makes of the samples."""
+        with phase(self.host, self.current, "encode"):
+            hooks = self.host.hooks
+            return hooks.encode_batch(
+                run=run, encoder=encoder, samples=samples
+            )  # HOOK first result
+
+
 def say_schedule(session: Session) -> None:
     """Say what an odd warm-up does, while there is time to change it."""
     settings = session.run.settings
-    epoch = Sampler(session.plan).groups_per_epoch
-    total = persistence.total_steps(settings, -(-epoch // settings.gradient_accumulation_steps))
+    total = persistence.total_steps(settings, Sampler(session.plan).groups_per_epoch)
     sentence = schedule_sentence(settings, total)
     if sentence:
         session.display.say(sentence)
@@ -200,13 +239,15 @@ def say_schedule(session: Session) -> None:
 def ended(training: Training) -> int:
     """Say where everything is; return the exit code."""
     current, say = training.run, training.run.say
-    if training.stop is not None:
+    if training.stop is not None and not training.finished:
+        what = "a checkpoint was written" if training.step else "there was nothing to save"
         say(
-            f"Stopped by {training.stop.name} after step {training.step}; a checkpoint was written. "
+            f"Stopped by {training.stop.name} after step {training.step}; {what}. "
             "The same command goes on from there."
         )
         return 128 + int(training.stop)
     say(f"Done: {training.step} steps.")
+    training.events.flush()  # the last loss is still in its buffer
     for name, (first, last) in held_out(current.output_dir / persistence.EVENTS).items():
         say(f"  held-out loss {first:.4f} before, {last:.4f} after ({name})")
     say(f"In {current.output_dir}:")
@@ -272,9 +313,8 @@ def ending_on_signals(training: Training) -> Iterator[None]:
         if training.stop is not None:
             os._exit(128 + number)
         training.stop = signal.Signals(number)
-        training.run.say(
-            f"{training.stop.name}: finishing the step and saving; once more exits at once."
-        )
+        text = f"\n{training.stop.name}: finishing the step and saving; once more exits at once.\n"
+        os.write(STDERR, text.encode())  # a lock of the display may be held right now
 
     numbers: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, ask) for number in numbers}

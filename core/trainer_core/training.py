@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 class Training:
     """All that the loop works on.
 
-    step: optimiser steps done. stop: the signal that asked for an end, if any. run_id: the same for a
-    run and its resumes.
+    step: optimiser steps done; saved_step: those in the newest checkpoint. stop: the signal that
+    asked for an end, if any. finished: all was done and written. run_id: the same for a run and its
+    resumes.
     """
 
     run: Run
@@ -58,6 +59,8 @@ class Training:
     data_digest: str
     identity: Identity
     step: int = 0
+    saved_step: int = 0
+    finished: bool = False
     stop: signal.Signals | None = None
 
     @property

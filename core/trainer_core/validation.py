@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
+from trainer_core.blame import note, notes
 from trainer_core.errors import TrainerError
-from trainer_core.files import write_json
+from trainer_core.files import digest_json, write_json
 from trainer_core.flow import eval_inputs, squared_error
 from trainer_core.media import contact_sheet, write_mp4
 from trainer_core.phases import phase
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from trainer_core.training import Training
 
 DONE = "artifacts.json"
+T = TypeVar("T")
 
 
 @contextmanager
@@ -84,32 +87,52 @@ def render(training: Training, step: int) -> None:
     """
     run = training.run
     folder = run.output_dir / "validation" / f"step-{step:08d}"
-    done = _already_done(folder, training.run_id)
+    done = _already_done(training, folder)
     if done is None:
-        try:
-            done = _render_all(training, folder, step)
-        except (RuntimeError, ValueError, OSError) as error:
-            if step == 0:
-                raise
-            run.say(
-                f"validation of step {step} failed and is left out; training goes on. "
-                f"{type(error).__name__}: {error}"
-            )
-            training.events.write("validation_failed", step=step, error=str(error))
+        done = _contained(training, "validation", lambda: _render_all(training, folder, step))
+        if done is None:
             return
     training.events.write("validation", step=step, files=sorted(done["files"]))
     files = {name: run.output_dir / path for name, path in done["files"].items()}
     training.trackers.put(Record("media", step=step, files=files, captions=done["captions"]))
 
 
-def _already_done(folder: Path, run_id: str) -> dict[str, Any] | None:
-    import json
+def _contained(training: Training, what: str, work: Callable[[], T]) -> T | None:
+    """Return the result of ``work``; its failure is said and, after step 0, stops nothing."""
+    step = training.step
+    try:
+        return work()
+    except Exception as error:  # whatever a plugin raises: samples are not worth a run
+        if step == 0:
+            raise
+        note(error, training.host)
+        lines = [f"{type(error).__name__}: {error}", *notes(error)]
+        training.run.say(f"{what} of step {step} failed and is left out; training goes on.")
+        training.run.say("\n".join(f"  {line}" for line in lines))
+        training.events.write(f"{what}_failed", step=step, error=lines[0])
+        return None
 
+
+def _key(training: Training) -> str:
+    """Return a digest of what decides the samples of a step, apart from the step itself."""
+    run = training.run
+    settings = {
+        name: value
+        for name, value in run.settings.model_dump(mode="json").items()
+        if "validation" in name
+    }
+    prompts = [[prompt.name, prompt.text] for prompt in run.prompts]
+    return digest_json([training.run_id, training.total_steps, settings, prompts])
+
+
+def _already_done(training: Training, folder: Path) -> dict[str, Any] | None:
     try:
         done: dict[str, Any] = json.loads((folder / DONE).read_text())
     except (OSError, ValueError):
         return None
-    return done if done.get("run_id") == run_id else None
+    output_dir = training.run.output_dir
+    whole = all((output_dir / path).is_file() for path in done.get("files", {}).values())
+    return done if whole and done.get("key") == _key(training) else None
 
 
 def _render_all(training: Training, folder: Path, step: int) -> dict[str, Any]:
@@ -132,7 +155,7 @@ def _render_all(training: Training, folder: Path, step: int) -> dict[str, Any]:
         contact_sheet(sheet, folder / "contact_sheet.png")
         path = folder / "contact_sheet.png"
         files["contact_sheet"] = str(path.relative_to(run.output_dir))
-    done = {"run_id": training.run_id, "files": files, "captions": captions}
+    done = {"key": _key(training), "files": files, "captions": captions}
     write_json(folder / DONE, done)
     return done
 
@@ -146,13 +169,11 @@ def _variants(training: Training, step: int) -> list[tuple[str, Any]]:
     return [averaged] if choice == "ema_only" else [("", nullcontext()), averaged]
 
 
-@torch.no_grad()
-def held_out_loss(training: Training, step: int) -> dict[str, float]:
-    """Measure the loss of every eval dataset at fixed noise and sigmas; record and return the means."""
-    result = {}
-    with phase(training.host, training.run, "validate"), untouched(training):
-        for dataset, batches in training.eval_batches.items():
-            result[f"eval/{dataset}"] = _mean_loss(training, batches)
+def held_out_loss(training: Training, step: int) -> None:
+    """Measure the loss of every eval dataset at fixed noise and sigmas, and record the means."""
+    result = _contained(training, "eval", lambda: _losses(training))
+    if result is None:
+        return
     for name, value in result.items():
         if not np.isfinite(value):
             raise TrainerError(
@@ -163,7 +184,15 @@ def held_out_loss(training: Training, step: int) -> dict[str, float]:
     for name, value in result.items():
         training.run.say(f"held-out loss after step {step}: {value:.4f} ({name})")
     training.trackers.put(Record("scalars", step=step, scalars=result))
-    return result
+
+
+@torch.no_grad()
+def _losses(training: Training) -> dict[str, float]:
+    with phase(training.host, training.run, "validate"), untouched(training):
+        return {
+            f"eval/{dataset}": _mean_loss(training, batches)
+            for dataset, batches in training.eval_batches.items()
+        }
 
 
 def _mean_loss(training: Training, batches: Sequence[Batch]) -> float:

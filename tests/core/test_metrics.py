@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trainer_core import TrainerError
-from trainer_core.metrics import EventLog, Meter, Trackers
+from trainer_core.metrics import EventLog, Meter, Trackers, check_finite
 from trainer_core.types import Record
 
 
@@ -53,7 +53,8 @@ def test_the_meter_reads_tensors_and_numbers_by_step():
     meter = Meter()
     meter.add(1, {"loss": torch.tensor(0.5), "lr": 0.1}, ["a"])
     meter.add(2, {"loss": torch.tensor(0.25), "lr": 0.2}, ["b"])
-    assert meter.read() == [(1, {"loss": 0.5, "lr": 0.1}), (2, {"loss": 0.25, "lr": 0.2})]
+    rows = [(row.step, row.scalars, row.sample_ids) for row in meter.read()]
+    assert rows == [(1, {"loss": 0.5, "lr": 0.1}, ["a"]), (2, {"loss": 0.25, "lr": 0.2}, ["b"])]
     assert meter.read() == []
 
 
@@ -62,4 +63,4 @@ def test_a_value_that_is_not_finite_names_step_scalar_and_samples(value: float):
     meter = Meter()
     meter.add(4, {"loss": torch.tensor(value), "lr": 0.1}, ["shapes/clip-3.mp4"])
     with pytest.raises(TrainerError, match=r"step 4: loss is not finite.*clip-3"):
-        meter.read()
+        check_finite(meter.read()[0])

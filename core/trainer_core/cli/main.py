@@ -86,9 +86,14 @@ def report(error: Exception) -> int:
     if isinstance(error, ConfigError) and len(error.problems) > 1:
         click.echo(f"{len(error.problems)} problems in the settings:", err=True)
         for problem in error.problems:
-            click.echo(f"  {problem}", err=True)
+            _say(f"  {problem}")
     else:
-        click.echo(f"error: {error}", err=True)
+        _say(f"error: {error}")
     for line in getattr(error, "__notes__", ()):
-        click.echo(line, err=True)
+        _say(line)
     return error.exit_code
+
+
+def _say(line: str) -> None:
+    """Write to stderr, whatever a key or a path holds."""
+    click.echo(line.encode("utf-8", "backslashreplace").decode(), err=True)

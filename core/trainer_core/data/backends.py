@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from trainer_core.data.entries import (
 )
 from trainer_core.data.types import Dataset, MediaKind
 from trainer_core.errors import ConfigError, Problem
+from trainer_core.files import blocked
+from trainer_core.settings import phrases
 from trainer_core.settings.core import CoreSettings
 from trainer_core.settings.files import read_json
 
@@ -53,7 +56,7 @@ def load_backends(
     datasets = tuple(found for entry in media if (found := reader.dataset(entry)) is not None)
     text = reader.text(texts)
     if not reader.problems and not any(not dataset.held_out for dataset in datasets):
-        reader.add("dataset_type", "no enabled entry of type video or image", way_out="Add one.")
+        reader.add("dataset_type", "no enabled entry of type video or image.", way_out="Add one.")
     if reader.problems:
         raise ConfigError(reader.problems)
     cache = text.cache_dir if text and text.cache_dir else str(Path(settings.cache_dir) / "text")
@@ -126,8 +129,8 @@ class _Reader:
             if disabled:
                 continue
             label = f"entry {raw['id']!r}" if raw.get("id") else f"entry {position + 1}"
-            if raw.get("id") and raw["id"] in seen:
-                self.add(label, "two enabled entries have this id", way_out="Rename one of them.")
+            if raw.get("id") and str(raw["id"]) in seen:
+                self.add(label, "two enabled entries have this id.", way_out="Rename one of them.")
             seen.add(str(raw.get("id")))
             self._entry(label, raw, media, texts)
         return media, texts
@@ -166,11 +169,12 @@ class _Reader:
         self.add(where, f"must be one of {choices}.{hint}", kind)
 
     def _validated(self, model: type[E], label: str, raw: dict[str, Any]) -> E | None:
-        for key in PENDING_KEYS.keys() & (raw.keys() | _section(raw).keys()):
+        for key in sorted(PENDING_KEYS.keys() & (raw.keys() | _section(raw).keys())):
             self.add(
                 f"{label}: {key}", f"not built yet: it belongs to {PENDING_KEYS[key]}.",
                 raw.get(key, _section(raw).get(key)), "Remove the key.",
             )  # fmt: skip
+        self._refuse_truth(model, label, raw)
         kept = {key: value for key, value in raw.items() if key not in PENDING_KEYS}
         if isinstance(kept.get("video"), dict):
             kept["video"] = {k: v for k, v in kept["video"].items() if k not in PENDING_KEYS}
@@ -180,6 +184,16 @@ class _Reader:
             for item in error.errors(include_url=False):
                 self._translate(model, label, item)
             return None
+
+    def _refuse_truth(self, model: type[BaseModel], label: str, raw: dict[str, Any]) -> None:
+        """Refuse true and false for numbers, which pydantic would take for 1 and 0."""
+        for prefix, keys, owner in (("", raw, model), ("video.", _section(raw), VideoKeys)):
+            for name in [n for n, v in keys.items() if isinstance(v, bool)]:
+                field = owner.model_fields.get(name)
+                kinds = phrases.branches(field.annotation) if field else [bool]
+                if field and bool not in kinds and (int in kinds or float in kinds):
+                    text, way_out = phrases.wrong_value(field, keys[name])
+                    self.add(f"{label}: {prefix}{name}", text, keys[name], way_out)
 
     def _translate(self, model: type[BaseModel], label: str, item: Any) -> None:
         path = [str(part) for part in item["loc"] if not str(part).endswith("]")]
@@ -195,10 +209,15 @@ class _Reader:
             guess = difflib.get_close_matches(name, list(inner.model_fields), 1)
             out = f"Did you mean {guess[0]!r}?" if guess else "Remove it."
             self.add(shown, "unknown key.", item["input"], out)
-        elif kind == "missing":
-            self.add(shown, "is missing.")
-        else:
-            self.add(shown, f"{item['msg'][0].lower()}{item['msg'][1:]}.", item["input"])
+            return
+        field, value = inner.model_fields[name], item["input"]
+        if kind == "missing":
+            self.add(shown, "is missing.", way_out=f"Set it to {phrases.allowed(field)}.")
+        elif kind == "value_error":
+            self.add(shown, phrases.sentence(item), value)
+        elif all(problem.key != shown for problem in self.problems):  # a union fails once a branch
+            text, way_out = phrases.wrong_value(field, value)
+            self.add(shown, text, value, way_out)
 
     def fill_in(self, text: str, name: str) -> str:
         """Return a path with ``{id}``, ``{output_dir}`` and ``{model_family}`` filled in."""
@@ -222,9 +241,10 @@ class _Reader:
                 text, "Copy the data to a folder.",
             )  # fmt: skip
             return None
-        tried = [Path(bare).expanduser(), self.path.parent / bare]
+        home = Path(os.path.expanduser(bare))  # leaves the name of an unknown user alone
+        tried = [home, self.path.parent / bare]
         for candidate in tried:
-            if candidate.exists():
+            if os.path.exists(candidate):  # a name that is too long is no error here
                 return candidate
         places = " nor ".join(str(place) for place in dict.fromkeys(tried))
         self.add(f"entry {entry.id!r}: {key}", f"there is no {places}.", text, "Correct the path.")
@@ -239,6 +259,8 @@ class _Reader:
                 "default", f"the text_embeds entries {names} compete.",
                 way_out="Write default: true in exactly one of them.",
             )  # fmt: skip
+        if marked:
+            self._writable(marked[0].id, "cache_dir", marked[0].cache_dir)
         return marked[0] if marked else None
 
     def dataset(self, entry: MediaEntry) -> Dataset | None:
@@ -251,16 +273,24 @@ class _Reader:
         if entry.caption_file:
             captions = self.locate(entry, "caption_file", entry.caption_file)
         self._check(entry)
+        self._writable(entry.id, "cache_dir_vae", entry.cache_dir_vae)
         if folder is None or len(self.problems) > before:
             return None
         return self._resolved(entry, folder, captions)
+
+    def _writable(self, name: str, key: str, text: str | None) -> None:
+        if text and (reason := blocked(Path(self.fill_in(text, name)))):
+            self.add(f"entry {name!r}: {key}", reason, text, "Name another folder.")
 
     def _check(self, entry: MediaEntry) -> None:
         label, video = f"entry {entry.id!r}", entry.video or VideoKeys()
         if entry.dataset_type == "image" and entry.video is not None:
             self.add(f"{label}: video", "has no effect on images.", way_out="Remove it.")
         if entry.caption_strategy == "instanceprompt" and not entry.instance_prompt:
-            self.add(f"{label}: instance_prompt", "caption_strategy instanceprompt needs it.")
+            self.add(
+                f"{label}: instance_prompt", "is missing; caption_strategy instanceprompt needs it.",
+                way_out="Write the caption of all files, or take another caption_strategy.",
+            )  # fmt: skip
         frames, least, most = video.num_frames, video.min_frames, video.max_frames
         if frames and least is not None and least < frames:
             self.add(

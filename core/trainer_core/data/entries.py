@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from trainer_core.settings.core import CropAspect, CropStyle, ResolutionType
 
@@ -21,6 +21,20 @@ def _none_is_zero(value: Any) -> Any:
 
 def _american(value: Any) -> Any:
     return "center" if value == "centre" else value
+
+
+def _folder_name(value: str) -> str:
+    odd = value in (".", "..") or value != value.strip() or not value.isprintable()
+    if odd or set("/\\") & set(value) or not 0 < len(value.encode()) <= MOST_ID_BYTES:
+        raise ValueError(
+            f"names a folder of the cache: write 1 to {MOST_ID_BYTES} bytes of letters, digits, "
+            "spaces, dots, - and _, without / or \\"
+        )
+    return value
+
+
+MOST_ID_BYTES = 128
+Id = Annotated[str, AfterValidator(_folder_name)]
 
 
 class _Entry(BaseModel):
@@ -42,7 +56,7 @@ class VideoKeys(_Entry):
 class MediaEntry(_Entry):
     """A folder of media that is trained on, or held out (``dataset_type: eval``)."""
 
-    id: str = Field(min_length=1)
+    id: Id
     type: Literal["local"] = "local"
     dataset_type: Literal["video", "image", "eval"]
     instance_data_dir: str
@@ -73,7 +87,7 @@ class MediaEntry(_Entry):
 class TextEntry(_Entry):
     """Where encoded captions are kept."""
 
-    id: str = Field(min_length=1)
+    id: Id
     type: Literal["local"] = "local"
     dataset_type: Literal["text_embeds"]
     default: bool = False

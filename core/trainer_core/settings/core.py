@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from trainer_core.settings.arguments import parse_arguments
 from trainer_core.settings.keys import PluginSettings, key
 
 CropStyle = Literal["center", "random", "corner"]
@@ -120,7 +121,7 @@ class OptimizerKeys(PluginSettings):
     )
     lr_num_cycles: int = key(1, "Restarts of cosine_with_restarts.", ge=1)
     lr_power: float = key(1.0, "Power of polynomial.", gt=0)
-    lr_end: float = key(0.0, "Learning rate that cosine and polynomial end at.", ge=0)
+    lr_end: float = key(0.0, "Learning rate that linear, cosine and polynomial end at.", ge=0)
     max_grad_norm: float = key(1.0, "Bound of gradient clipping; 0 switches it off.", ge=0)
     grad_clip_method: Literal["value", "norm"] = key(
         "norm", "Clip each element (value) or the norm over all parameters (norm)."
@@ -131,6 +132,20 @@ class OptimizerKeys(PluginSettings):
     ema_validation: Literal["none", "ema_only", "comparison"] = key(
         "comparison", "Weights that validation renders: live, averaged, or both.", free=True
     )
+
+    @model_validator(mode="after")
+    def _falls(self) -> OptimizerKeys:
+        if self.lr_end > self.learning_rate:
+            raise ValueError(
+                f"lr_end {self.lr_end} is above learning_rate {self.learning_rate}; lower it"
+            )
+        return self
+
+    @field_validator("optimizer_config")
+    @classmethod
+    def _are_arguments(cls, value: str | None) -> str | None:
+        parse_arguments(value)
+        return value
 
 
 class FlowKeys(PluginSettings):
@@ -189,7 +204,7 @@ class DataKeys(PluginSettings):
     caption_dropout_probability: float = key(
         0.1, "Share of samples trained with the empty caption.", ge=0, le=1
     )
-    framerate: float | Literal["source"] | None = key(
+    framerate: Annotated[float, Field(gt=0)] | Literal["source"] | None = key(
         None,
         'Frame rate of clips; the model\'s without it, "source" keeps every frame.',
         unit="fps",

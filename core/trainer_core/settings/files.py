@@ -69,7 +69,7 @@ def read_json(path: Path, *, flag: str = "") -> Any:
     try:
         content = _parse(path, text)
         _check_duplicates(path, text)
-        _check_finite(path, content)
+        _check_values(path, content)
     except RecursionError:
         raise _problem(path, "is nested too deeply.") from None
     return content
@@ -123,15 +123,31 @@ def _check_duplicates(path: Path, text: str) -> None:
         pending = None
 
 
-def _check_finite(path: Path, value: Any, place: str = "") -> None:
+def _check_values(path: Path, value: Any, place: str = "") -> None:
+    """Refuse numbers that are not finite, and texts that are none: halves of characters, zero bytes."""
     if isinstance(value, float) and not math.isfinite(value):
         raise _problem(path, f"{place or 'the file'} is not a finite number.")
+    if isinstance(value, str) and (reason := no_text(value)):
+        raise _problem(path, f"{place or 'the file'} {reason}.")
     if isinstance(value, dict):
         for name, item in value.items():
-            _check_finite(path, item, f"{place}.{name}" if place else str(name))
+            if reason := no_text(str(name)):
+                raise _problem(path, f"the key {str(name)!r} {reason}.")
+            _check_values(path, item, f"{place}.{name}" if place else str(name))
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            _check_finite(path, item, f"{place}[{index}]")
+            _check_values(path, item, f"{place}[{index}]")
+
+
+def no_text(text: str) -> str:
+    """Return why a text can be neither written nor a path, or an empty string."""
+    if "\0" in text:
+        return "holds a zero byte; remove it"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "holds half of a character (a lone surrogate); write it in UTF-8"
+    return ""
 
 
 def _kind(value: Any) -> str:

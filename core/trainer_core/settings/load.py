@@ -8,8 +8,9 @@ reported at once.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,17 @@ class Resolved:
         return tuple(
             name for name in self.plugins if not _only_free(self.entries[name].info.values)
         )
+
+
+@contextmanager
+def located(resolved: Resolved) -> Iterator[None]:
+    """Add to a ConfigError of this block where each key of it was set, if it does not say so."""
+    try:
+        yield
+    except ConfigError as error:
+        origins = resolved.origins
+        for_user = [replace(p, where=p.where or origins.get(p.key, "")) for p in error.problems]
+        raise ConfigError(for_user) from error
 
 
 def _flat(model: BaseModel) -> dict[str, Any]:

@@ -40,11 +40,21 @@ _CONTAINERS = (list, tuple, set, frozenset, dict)
 
 def branches(annotation: Any) -> list[Any]:
     """Return the members of a union (without None), or the annotation alone."""
+    return [branch for branch, _ in _bounded(annotation)]
+
+
+def _bounded(annotation: Any, notes: tuple[Any, ...] = ()) -> list[tuple[Any, tuple[Any, ...]]]:
+    """Return (branch, what Annotated says of it) for each branch."""
     while get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
+        annotation, *more = get_args(annotation)
+        notes = (
+            *notes,
+            *(m for n in more for m in (n.metadata if hasattr(n, "metadata") else [n])),
+        )
     if get_origin(annotation) in (Union, types.UnionType):
-        return [b for a in get_args(annotation) for b in branches(a) if b is not type(None)]
-    return [annotation]
+        parts = [part for a in get_args(annotation) for part in _bounded(a, notes)]
+        return [part for part in parts if part[0] is not type(None)]
+    return [(annotation, notes)]
 
 
 def is_nested(annotation: Any) -> bool:
@@ -79,17 +89,22 @@ def choices(annotation: Any) -> list[str]:
 
 def allowed(field: FieldInfo) -> str:
     """Return what a field allows, such as "a whole number, at least 1"."""
-    text = _kind(field.annotation)
-    for item in field.metadata:
-        for name, words in _BOUNDS.values():
-            if (bound := getattr(item, name, None)) is not None:
-                text += f", {words} {_plain(bound)}"
-    return text
+    return _kind(field.annotation) + _limits(field.metadata)
+
+
+def _limits(notes: Sequence[Any]) -> str:
+    found = [
+        f", {words} {_plain(bound)}"
+        for note in notes
+        for name, words in _BOUNDS.values()
+        if (bound := getattr(note, name, None)) is not None
+    ]
+    return "".join(found)
 
 
 def _kind(annotation: Any) -> str:
     words = []
-    for branch in branches(annotation):
+    for branch, notes in _bounded(annotation):
         origin = get_origin(branch)
         if origin is Literal:
             values = [str(value) for value in get_args(branch)]
@@ -99,7 +114,8 @@ def _kind(annotation: Any) -> str:
         elif origin is dict or (isinstance(branch, type) and issubclass(branch, BaseModel)):
             words.append("an object, { ... }")
         else:
-            words.append(_NAMES.get(branch, getattr(branch, "__name__", str(branch))))
+            name = _NAMES.get(branch, getattr(branch, "__name__", str(branch)))
+            words.append(name + _limits(notes))
     return " or ".join(dict.fromkeys(words))
 
 

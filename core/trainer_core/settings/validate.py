@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from trainer_core.catalogue import did_you_mean
 from trainer_core.errors import Problem
 from trainer_core.settings import phrases
+from trainer_core.settings.files import no_text
 from trainer_core.settings.given import Given, decoded
 from trainer_core.settings.owners import extra
 
@@ -61,6 +62,8 @@ def shown_unknown(name: str, value: Any) -> Any:
 def _prepared(name: str, item: Given, field: FieldInfo) -> tuple[Any, Problem | None]:
     """Return the value that pydantic gets: JSON in texts is read, true is not a number."""
     annotation, value = field.annotation, item.value
+    if isinstance(value, str) and (reason := no_text(value)):
+        return None, Problem(name, f"{reason}.", shown(field, value), item.where)
     if isinstance(value, str):
         only_text = phrases.takes(annotation, str) and not phrases.takes_objects(annotation)
         value = value if only_text else decoded(value)

@@ -8,6 +8,7 @@ no library beside torch, so that a plugin's tests run through the real loop in a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,9 @@ class TinySettings(PluginSettings):
     """Keys of the tiny model."""
 
     tiny_layers: int = key(4, "Blocks of the tiny model.", ge=1)
+    tiny_text_width: int = key(
+        0, "Width of text_embeds that another plugin writes; 0: it encodes captions itself.", ge=0
+    )
 
 
 class TinyModel:
@@ -101,25 +105,24 @@ class Tiny:
         )
 
     def encoders(self, run: Run) -> Sequence[Encoder]:
-        """Return the two encoders."""
+        """Return the two encoders; that of captions only where no other plugin has one."""
         version = {"version": 1}
-        return [
-            Encoder(
-                name="tiny.latents",
-                reads="pixels",
-                writes=(EncodedTensor("latents"),),
-                identity=lambda: version,
-                load=lambda: None,
-                batch_size=run.settings.vae_batch_size,
-            ),
-            Encoder(
-                name="tiny.caption",
-                reads="caption",
-                writes=(EncodedTensor("text_embeds", pad_to=TEXT_LENGTH),),
-                identity=lambda: version,
-                load=lambda: None,
-            ),
-        ]
+        latents = Encoder(
+            name="tiny.latents",
+            reads="pixels",
+            writes=(EncodedTensor("latents"),),
+            identity=lambda: version,
+            load=lambda: None,
+            batch_size=run.settings.vae_batch_size,
+        )
+        caption = Encoder(
+            name="tiny.caption",
+            reads="caption",
+            writes=(EncodedTensor("text_embeds", pad_to=TEXT_LENGTH),),
+            identity=lambda: version,
+            load=lambda: None,
+        )
+        return [latents] if self.settings.tiny_text_width else [latents, caption]
 
     @hookimpl
     def encode_batch(
@@ -135,7 +138,8 @@ class Tiny:
     @hookimpl
     def load_model(self, run: Run) -> TinyModel:
         """Build the network from the run's seed."""
-        network, stack = build_network(self.settings.tiny_layers, seed=run.seed)
+        width = self.settings.tiny_text_width or TEXT_WIDTH
+        network, stack = build_network(self.settings.tiny_layers, seed=run.seed, text_width=width)
         network.to(run.device)
         network.requires_grad_(run.settings.model_type == "full")
         stack.policy = "full" if run.settings.gradient_checkpointing else "none"
@@ -173,6 +177,25 @@ class Tiny:
         return [Artifact(prompt.name, frames, 16.0, prompt.text) for prompt in run.prompts]
 
 
+class BareModel:
+    """Satisfies Model and nothing else: no blocks, no token grid."""
+
+    def __init__(self, model: TinyModel) -> None:
+        self.spec, self.modules, self.networks = model.spec, model.modules, model.networks
+        self.predict = model.predict
+
+
+class Bare(Tiny):
+    """Plugin ``bare``: the tiny model without any capability, which techniques must refuse."""
+
+    info = replace(Tiny.info, summary="A tiny video model without capabilities", exposes=())
+
+    @hookimpl
+    def load_model(self, run: Run) -> BareModel:  # type: ignore[override]  # it offers less
+        """Hide what the tiny model offers."""
+        return BareModel(super().load_model(run))
+
+
 def latents_of(pixels: Tensor) -> Tensor:
     """Return latents (4, 1 + (F-1)/4, H/8, W/8) of pixels (F, 3, H, W) uint8: averages in [-1, 1]."""
     import torch
@@ -193,7 +216,9 @@ def embedding_of(caption: str) -> Tensor:
     return torch.stack(rows)
 
 
-def build_network(layers: int, *, seed: int) -> tuple[nn.Module, BlockStack]:
+def build_network(
+    layers: int, *, seed: int, text_width: int = TEXT_WIDTH
+) -> tuple[nn.Module, BlockStack]:
     """Return the network and its stack; weights from a private generator."""
     import torch
     from torch import nn
@@ -220,7 +245,7 @@ def build_network(layers: int, *, seed: int) -> tuple[nn.Module, BlockStack]:
         def __init__(self) -> None:
             super().__init__()
             self.patch = nn.Linear(4 * CHANNELS, WIDTH)
-            self.text = nn.Linear(TEXT_WIDTH, WIDTH)
+            self.text = nn.Linear(text_width, WIDTH)
             self.time = nn.Linear(1, WIDTH)
             self.blocks = nn.ModuleList(Block() for _ in range(layers))
             self.head = nn.Linear(WIDTH, 4 * CHANNELS)

@@ -92,6 +92,7 @@ def test_a_resumed_run_goes_on_in_the_same_curves(tmp_path: Path) -> None:
     tracker.track(run, Record("end"))
     again = Tensorboard()  # the checkpoint was written at step 3
     again.track(run, Record("start", 3))
+    again.track(run, Record("scalars", 3, scalars={"loss": 3.0}))  # core reports it again
     again.track(run, Record("scalars", 4, scalars={"loss": 40.0}))
     again.track(run, Record("end"))
     assert curve(read(run), "loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
@@ -163,7 +164,7 @@ def test_an_unreadable_file_is_an_error_and_the_next_record_still_works(tmp_path
 )
 def test_folder(tmp_path: Path, name: str | None, expected: str) -> None:
     run = make_run(tmp_path, tracker_run_name=name)
-    assert folder(run) == run.output_dir / "tensorboard" / expected
+    assert folder(run) == run.output_dir / "tensorboard" / "trainer" / expected
 
 
 @pytest.mark.parametrize("fps", [8.0, 16.0, 24.0, 29.97])

@@ -34,8 +34,8 @@ class Tensorboard:
             return
         if record.kind == "start":
             self._end()
-            # What a run that was cut off wrote after its last checkpoint is done again.
-            self._events = self._open(run, purge_step=record.step + 1 if record.step else 0)
+            # From the checkpoint's step on everything is reported again, that step included.
+            self._events = self._open(run, purge_step=record.step)
         events = self._events = self._events or self._open(run, purge_step=None)
         if record.kind == "start":
             events.settings(record.settings, record.step)
@@ -66,7 +66,11 @@ class Tensorboard:
 
 def folder(run: Run) -> Path:
     """Return where the run's event files lie; a resumed run finds the same place."""
+    project = run.settings.tracker_project_name
     name = run.settings.tracker_run_name or run.output_dir.resolve().name
+    return run.output_dir / "tensorboard" / _safe(project) / _safe(name)
+
+
+def _safe(name: str) -> str:
     # A name is one folder: no separators, and neither "." nor "..".
-    safe = re.sub(r"[^\w .+=,@-]", "_", name).strip(". ") or "run"
-    return run.output_dir / "tensorboard" / safe
+    return re.sub(r"[^\w .+=,@-]", "_", name).strip(". ") or "run"

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer_core.errors import ModelError
-from trainer_core.files import digest_file
 from trainer_core.hookspecs import hookimpl
 from trainer_core.types import EncodedTensor, Encoder, EncoderSample, LoadedEncoder, PluginInfo
 from trainer_umt5.config import Umt5Settings
@@ -34,7 +32,6 @@ class Umt5:
 
     def __init__(self, settings: Umt5Settings | None = None) -> None:
         self.settings = settings or Umt5Settings()
-        self._digests: dict[tuple[Path, int, int], str] = {}
 
     def encoders(self, run: Run) -> Sequence[Encoder]:
         """Return the encoder of captions; nothing is read or downloaded yet."""
@@ -68,19 +65,11 @@ class Umt5:
         import ftfy
 
         return {
-            "files": {path.name: self._digest(path) for path in self._files(run).parts()},
+            "files": {path.name: run.file_digest(path) for path in self._files(run).parts()},
             "dtype": str(run.placement.dtype).removeprefix("torch."),
             "max_tokens": MAX_TOKENS,
             "cleaning": f"{CLEANING}, ftfy {ftfy.__version__}",
         }
-
-    def _digest(self, path: Path) -> str:
-        """Return the digest of a file, read once as long as its size and date stay."""
-        facts = path.stat()
-        known = (path, facts.st_size, facts.st_mtime_ns)
-        if known not in self._digests:
-            self._digests[known] = digest_file(path)
-        return self._digests[known]
 
     def _load(self, run: Run) -> TextEncoder:
         files = self._files(run)

@@ -67,7 +67,9 @@ def test_a_hub_repository_is_read_from_its_cache(make_run, tmp_path):
     repo = {"pretrained_model_name_or_path": "someone/tiny"}
     assert encoder_of(make_run, **repo)[2].identity() == encoder_of(make_run)[2].identity()
     plugin, run = loaded(make_run, model_type="full", **repo)
-    assert "tokenizer/tokenizer.json" in plugin.save_weights(run, tmp_path / "out", final=True)
+    assert "pipeline/tokenizer/tokenizer.json" in plugin.save_weights(
+        run, tmp_path / "out", final=True
+    )
 
 
 @pytest.mark.usefixtures("offline_hub")
@@ -297,9 +299,9 @@ def test_the_end_of_a_full_run_is_a_pipeline_that_diffusers_loads(make_run, tmp_
     plugin, run = loaded(make_run, model_type="full")
     disturbed(run)
     files = plugin.save_weights(run, tmp_path / "final", final=True)
-    assert "model_index.json" in files
+    assert "pipeline/model_index.json" in files
     assert all((tmp_path / "final" / name).is_file() for name in files)
-    pipeline = WanPipeline.from_pretrained(tmp_path / "final")
+    pipeline = WanPipeline.from_pretrained(tmp_path / "final" / "pipeline")
     trained = run.model.modules["transformer"].state_dict()
     found = pipeline.transformer.state_dict()
     assert all(torch.equal(found[name], value) for name, value in trained.items())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer_core.capabilities import Blocks, TokenGrid
-from trainer_core.files import digest_json
+from trainer_core.files import digest_json, replace_folder
 from trainer_core.hookspecs import hookimpl
 from trainer_core.types import (
     Artifact,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from trainer_wan.model import WanModel
 
 VAE = "wan.vae"
+PIPELINE = "pipeline"
 
 
 class Wan:
@@ -107,7 +109,11 @@ class Wan:
 
         trained = dict(run.model.modules)
         if final:
-            return write_pipeline(folder, weights=self._locate(run), trained=trained)
+            work = folder / f".{PIPELINE}.writing"
+            shutil.rmtree(work, ignore_errors=True)
+            names = write_pipeline(work, weights=self._locate(run), trained=trained)
+            replace_folder(work, folder / PIPELINE)
+            return [f"{PIPELINE}/{name}" for name in names]
         files: list[str] = []
         for role, transformer in trained.items():
             files += write_transformer(folder, role=role, transformer=transformer)
@@ -160,7 +166,7 @@ class Wan:
         ]
 
     def _locate(self, run: Run) -> Weights:
-        """Return the files that the settings choose; kept, since it remembers digests."""
+        """Return the files that the settings choose."""
         flavour = choose(run.settings.model_flavour)
         source = run.settings.pretrained_model_name_or_path or flavour.repo
         if self._weights is None or self._weights.source != source:
@@ -185,7 +191,7 @@ class Wan:
 
         weights = self._fitting(run)
         return {
-            "weights": weights.digest("vae"),
+            "weights": weights.digest("vae", of=run.file_digest),
             "config": digest_json(vae.facts(weights.config("vae"))),
             "posterior": "mode",
             "dtype": "float32",

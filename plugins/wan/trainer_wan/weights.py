@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from trainer_core.errors import ModelError
-from trainer_core.files import digest_file
 
 
 class Weights:
@@ -28,7 +28,6 @@ class Weights:
                 "the name of a hub repository (owner/name). Correct the path."
             )
         self._folder = folder
-        self._digests: dict[tuple[str, int, int], str] = {}
 
     def index(self) -> dict[str, Any]:
         """Return model_index.json, which names the pipeline's components."""
@@ -65,17 +64,10 @@ class Weights:
             "model_index.json", *patterns, ignore=("*.bin", "*.pt", "*.pth", "*.ckpt")
         )
 
-    def digest(self, component: str) -> str:
-        """Return one digest over the component's weight files, hashed once per size and time."""
+    def digest(self, component: str, *, of: Callable[[Path], str]) -> str:
+        """Return one digest over the component's weight files; ``of`` digests a file."""
         files = sorted(self.component(component).glob("*.safetensors"))
-        return "+".join(self._file_digest(path) for path in files)
-
-    def _file_digest(self, path: Path) -> str:
-        stat = path.stat()
-        key = (str(path), stat.st_size, stat.st_mtime_ns)
-        if key not in self._digests:
-            self._digests[key] = digest_file(path)
-        return self._digests[key]
+        return "+".join(of(path) for path in files)
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self._fetch(name) / name

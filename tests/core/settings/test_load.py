@@ -170,7 +170,7 @@ def test_all_problems_come_at_once_each_with_its_place(run):
         ({"tracker_run_name": 5}, "must be text. Put it in quotes."),
         ({"caption_dropout_probability": 1.5}, "a number, at least 0, at most 1"),
         ({"learning_rate": "inf"}, "must be a number, above 0"),
-        ({"framerate": "sauce"}, "must be a number or \"source\". Did you mean 'source'?"),
+        ({"framerate": "sauce"}, "must be a number, above 0 or \"source\". Did you mean 'source'?"),
         ({"report_to": 5}, "must be a list of text"),
         ({"validation_resolution": "big"}, "write WIDTHxHEIGHT in pixels"),
         (

@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer_core.testing.contract import PluginContract
+from trainer_wan import Wan
+from trainer_wan.testing import write_checkpoint
+
+umt5 = pytest.importorskip("trainer_umt5")
+
+
+class TestWan(PluginContract):
+    name = "wan"
+    plugin = Wan
+    others = {"umt5": umt5.Umt5}  # noqa: RUF012
+
+    @classmethod
+    def world(cls, folder: Path) -> dict[str, Any]:
+        model = write_checkpoint(folder / "model", layers=2)
+        return {"pretrained_model_name_or_path": str(model)}
