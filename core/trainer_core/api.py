@@ -10,7 +10,7 @@ from trainer_core.errors import (
     TrainerError,
 )
 from trainer_core.hookspecs import hookimpl
-from trainer_core.run import Key, Run
+from trainer_core.run import FORCE_KEEP, Key, Run
 from trainer_core.settings.keys import PluginSettings, key
 from trainer_core.types import (
     API_VERSION,
@@ -39,7 +39,7 @@ from trainer_core.types import (
 
 __all__ = [
     # writing a plugin
-    "API_VERSION", "PluginInfo", "PluginSettings", "key", "hookimpl", "Run", "Key",
+    "API_VERSION", "PluginInfo", "PluginSettings", "key", "hookimpl", "Run", "Key", "FORCE_KEEP",
     # what hooks take and return
     "Artifact", "Batch", "EncodedTensor", "Encoder", "EncoderSample", "Expert", "ForwardPlan",
     "LoadedEncoder", "LossTerm", "ModelInputs", "ModelSpec", "Moment", "ParameterGroup", "Placement",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import CodeType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from trainer_core.errors import PluginError
+
 if TYPE_CHECKING:
     from trainer_core.plugins import Host
 
 _MAX_KEYS = 8
+METHODS = ("check", "attach", "encoders", "parameters", "state_dict", "load_state_dict")
 
 
 @contextmanager
@@ -19,6 +23,12 @@ def blame(host: Host) -> Iterator[None]:
     """Add a note to an error that a plugin of ``host`` raised in this block, and let it pass."""
     try:
         yield
+    except SystemExit as error:
+        found = _culprit(error, host)
+        if found is None:
+            raise
+        text = f"the plugin '{found[0]}' ended the process"
+        raise PluginError(f"{text}{f' in {found[1]}' if found[1] else ''}; leave it out") from error
     except Exception as error:
         note(error, host)
         raise
@@ -31,8 +41,8 @@ def note(error: BaseException, host: Host) -> None:
     found = _culprit(error, host)
     if found is None:
         return
-    plugin, hook = found
-    where = f"in plugin '{plugin}'" + (f", hook {hook}" if hook else "")
+    plugin, place = found
+    where = f"in plugin '{plugin}'" + (f", {place}" if place else "")
     keys = _keys(plugin, host)
     add_note(error, f"{where}{f' (its keys: {keys})' if keys else ''}")
 
@@ -72,16 +82,22 @@ def _culprit(error: BaseException, host: Host) -> tuple[str, str | None] | None:
 
 
 def _codes(host: Host) -> dict[CodeType, tuple[str, str]]:
-    """Return the code of each hook implementation → (plugin, hook); shared code has no owner."""
+    """Return the code of each hook and optional method → (plugin, place); shared code has no owner."""
     found: dict[CodeType, tuple[str, str]] = {}
     shared: set[CodeType] = set()
-    for plugin, hook, function in host.implementations():
-        code = getattr(function, "__code__", None)  # a bound method hands on its function's
+    known = [(name, f"hook {hook}", function) for name, hook, function in host.implementations()]
+    for name, plugin in host.all_plugins().items():
+        for method in METHODS:
+            if (function := getattr(plugin, method, None)) is not None:
+                known.append((name, f"method {method}", function))
+    for name, place, function in known:
+        # a bound method hands on its function's code; one whose answers are checked wraps it
+        code = getattr(inspect.unwrap(function), "__code__", None)
         if code is None:
             continue
-        if code in found and found[code][0] != plugin:
+        if code in found and found[code][0] != name:
             shared.add(code)
-        found[code] = (plugin, hook)
+        found[code] = (name, place)
     return {code: owner for code, owner in found.items() if code not in shared}
 
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from trainer_core.blocks import BlockStack
-    from trainer_core.types import ForwardPlan, ModelInputs, ModelSpec, TapResult
+    from trainer_core.types import BlockFlops, ForwardPlan, ModelInputs, ModelSpec, TapResult
 
 
 @runtime_checkable
@@ -53,4 +53,13 @@ class TokenGrid(Protocol):
 
     def token_grid(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Return (frames, rows, columns) of tokens for latents (B, C, F, H, W)."""
+        ...
+
+
+@runtime_checkable
+class CountedBlocks(Protocol):
+    """A model that knows what one of its blocks costs."""
+
+    def block_flops(self, num_tokens: int) -> BlockFlops:
+        """Return the operations of one block's forward over ``num_tokens`` video tokens of a sample."""
         ...

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer_core.errors import CheckpointError, ConfigError, Problem
+from trainer_core.errors import CheckpointError, ConfigError, ModelError, Problem
 from trainer_core.files import (
     digest_file,
     digest_json,
@@ -32,6 +32,10 @@ from trainer_core.files import (
 NAME = re.compile(r"checkpoint-(\d+)")
 MANIFEST = "manifest.json"
 FORMAT = 1
+ANOTHER = (
+    "Resume from another checkpoint with --resume_from_checkpoint FOLDER, or start afresh with "
+    "--resume_from_checkpoint none."
+)
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,19 @@ class Checkpoint:
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Return the tensors of one of its files, or none if it has no such file."""
         path = self.folder / name
-        return read_tensors(path) if path.exists() else {}
+        try:
+            return read_tensors(path) if path.exists() else {}
+        except ModelError as error:
+            raise CheckpointError(f"{error}. {ANOTHER}") from error
 
     def json(self, name: str) -> Any:
         """Return the value of one of its JSON files."""
-        return json.loads((self.folder / name).read_text())
+        try:
+            return json.loads((self.folder / name).read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.folder / name} cannot be read ({error}). {ANOTHER}"
+            ) from error
 
 
 def write(
@@ -92,10 +104,7 @@ def read(folder: Path) -> Checkpoint:
     """Return the checkpoint in ``folder`` after checking every byte; CheckpointError says what is off."""
     damage = inspect(folder)
     if damage:
-        raise CheckpointError(
-            f"{folder} is damaged: {damage}. Resume from another checkpoint with "
-            "--resume_from_checkpoint FOLDER, or start afresh with --resume_from_checkpoint none."
-        )
+        raise CheckpointError(f"{folder} is damaged: {damage}. {ANOTHER}")
     state = json.loads((folder / "state.json").read_text())
     return Checkpoint(folder=folder, step=int(state["step"]), state=state)
 
@@ -189,14 +198,24 @@ def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
             elif name != "params":
                 groups[index][name] = value
     write_tensors(folder / "optimizer.safetensors", tensors)
-    write_json(folder / "optimizer.json", {"state": plain, "param_groups": groups})
+    shapes = {name: list(value.shape) for name, value in tensors.items()}
+    plain_values = {"state": plain, "param_groups": groups, "tensors": shapes}
+    write_json(folder / "optimizer.json", plain_values)
 
 
 def load_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
     """Restore what :func:`save_optimizer` wrote, without casting: bit for bit."""
     plain = checkpoint.json("optimizer.json")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for name, value in checkpoint.tensors("optimizer.safetensors").items():
+    tensors = checkpoint.tensors("optimizer.safetensors")
+    # a missing or reshaped moment would be trained with, without an error
+    found = {name: list(value.shape) for name, value in tensors.items()}
+    if found != plain.get("tensors", found):
+        raise CheckpointError(
+            f"{checkpoint.folder / 'optimizer.safetensors'} does not hold the tensors that "
+            f"optimizer.json lists. {ANOTHER}"
+        )
+    for name, value in tensors.items():
         index, _, key = name.partition("/")
         if index.startswith("group"):
             group = optimizer.param_groups[int(index.removeprefix("group"))]
@@ -222,7 +241,13 @@ def save_plugin(folder: Path, name: str, state: Mapping[str, Any]) -> None:
 
 
 def load_plugin(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-    """Return what :func:`save_plugin` wrote."""
+    """Return what :func:`save_plugin` wrote; CheckpointError if it wrote nothing for this plugin."""
+    if not (checkpoint.folder / "plugins" / f"{name}.json").is_file():
+        raise CheckpointError(
+            f"{checkpoint.folder} holds no state of plugin {name!r}, which had none in the version that "
+            "wrote it. Go on with that version of the plugin, or give this run another --output_dir, "
+            "or start afresh here with --resume_from_checkpoint none."
+        )
     return {
         **checkpoint.json(f"plugins/{name}.json"),
         **checkpoint.tensors(f"plugins/{name}.safetensors"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -26,7 +27,13 @@ class Problem:
         head = f"{self.where}: {key}" if self.where else key
         shown = f" = {_short(self.value)}" if self.has_value else ""
         out = f" {self.way_out}" if self.way_out else ""
-        return _one_line(f"{head}{shown}: {self.text}{out}")
+        return redacted(_one_line(f"{head}{shown}: {self.text}{out}"))
+
+
+def redacted(text: str) -> str:
+    """Return a text in which passwords and queries of addresses are replaced by asterisks."""
+    text = re.sub(r"(\w://)[^/\s'\"@]+@", r"\1***@", text)
+    return re.sub(r"(\w://[^\s'\"?]*)\?[^\s'\"]+", r"\1?***", text)
 
 
 def _one_line(text: str) -> str:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from trainer_core.errors import ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK_BYTES = 1 << 22
 MOST_NAME_BYTES = 255
+MOST_BYTES_AT_ONCE = 1 << 26
 
 
 def digest_file(path: Path) -> str:
@@ -66,18 +71,26 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, force it to the disk, and rename it."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name; what was written there is forced to the disk and renamed to ``path``.
+
+    After an error nothing is left of it, and ``path`` is as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name, force it to the disk, and rename it."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -90,13 +103,33 @@ def write_tensors(
 ) -> None:
     """Write tensors as safetensors, whole or not at all; each is copied to the CPU, contiguous.
 
-    The same tensors and metadata give the same bytes.
+    The same tensors and metadata give the same bytes. Large files without metadata are streamed.
     """
     from safetensors.torch import save
 
     ready = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    if not metadata and sum(value.nbytes for value in ready.values()) > MOST_BYTES_AT_ONCE:
+        _stream_tensors(path, ready)
+        return
     data = save(ready, metadata=dict(metadata) if metadata else None)
     write_bytes(path, _sorted_metadata(data) if metadata else data)
+
+
+def _stream_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors without a copy of all of them in memory."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the library leaves a file that only its owner reads
+        try:
+            save_file(tensors, temporary)
+            temporary.chmod(mode)
+        except SafetensorError as error:  # a full disk comes in its words
+            if (found := re.search(r"os error (\d+)", str(error))) is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
 
 def _sorted_metadata(data: bytes) -> bytes:
@@ -110,10 +143,16 @@ def _sorted_metadata(data: bytes) -> bytes:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file."""
+    """Return the tensors of a safetensors file; ModelError if its header does not fit its bytes."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return load_file(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ModelError(
+            f"{path} is no whole safetensors file ({error}); get or write it again"
+        ) from error
 
 
 def blocked(folder: Path) -> str | None:

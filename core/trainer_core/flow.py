@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trainer_core import rng
 from trainer_core.hookspecs import hookimpl
+from trainer_core.transfer import pinned, sent
 from trainer_core.types import (
     Batch,
     Expert,
@@ -47,6 +48,8 @@ def auto_shift(spatial_tokens: int) -> float:
 
 def shifted(s: Tensor, k: float) -> Tensor:
     """Return s' = k s / (1 + (k - 1) s)."""
+    if k == 1:  # the same bits, without four operations
+        return s
     return k * s / (1 + (k - 1) * s)
 
 
@@ -60,6 +63,7 @@ class SigmaSampler:
     def __init__(self, settings: FlowKeys, experts: tuple[Expert, ...]) -> None:
         self.settings = settings
         self.experts = experts
+        self._known_bounds: dict[tuple[Expert, float], tuple[Tensor, Tensor]] = {}
         self._beta_cdf = self._beta_table() if settings.flow_use_beta_schedule else None
 
     def shift_for(self, spatial_tokens: int) -> float:
@@ -84,6 +88,12 @@ class SigmaSampler:
         return sigma.clamp(expert.sigma_min, expert.sigma_max).float()
 
     def _bounds(self, expert: Expert, shift: float) -> tuple[Tensor, Tensor]:
+        """Return the ends of the expert's range as shares of the distribution; there are few."""
+        if (expert, shift) not in self._known_bounds:
+            self._known_bounds[expert, shift] = self._measured_bounds(expert, shift)
+        return self._known_bounds[expert, shift]
+
+    def _measured_bounds(self, expert: Expert, shift: float) -> tuple[Tensor, Tensor]:
         ends = torch.tensor([expert.sigma_min, expert.sigma_max], dtype=torch.float64)
         low, high = self._cdf(shifted(ends, 1 / shift).clamp(0, 1))  # rounding may leave [0, 1]
         return low, high
@@ -153,14 +163,14 @@ def draw_inputs(run: Run, batch: Batch, sampler: SigmaSampler, spatial_tokens: i
         generator=run.generator("flow/sigma", moment=batch.moment),
         expert=expert,
         shift=shift,
-    ).to(run.device)
+    )
     eps = torch.randn(
         batch.latents.shape,
         generator=run.generator("flow/noise", moment=batch.moment, device=run.device),
         device=run.device,
     )
     return noised(
-        batch.latents, eps, sigma,
+        batch.latents, eps, sent(pinned(sigma, run.device), run.device),
         conditioning=batch.conditioning, role=expert.role, moment=batch.moment,
     )  # fmt: skip
 

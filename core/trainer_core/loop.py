@@ -79,7 +79,7 @@ def predict(training: Training, inputs: ModelInputs) -> tuple[Tensor, Mapping[in
     """Run the training forward with the routes drawn for this micro-step and the requested taps."""
     run, plan = training.run, ForwardPlan()
     if training.routes or run.taps:
-        num_samples, tokens = inputs.x_t.shape[0], num_tokens(run, inputs.x_t)
+        num_samples, tokens = inputs.x_t.shape[0], num_tokens(training, inputs.x_t)
         taps = tuple(sorted(run.taps))
         plan = draw_plan(training.routes, taps, num_samples, tokens // num_samples, inputs.moment)
     return run.model.predict(inputs, plan)
@@ -88,24 +88,24 @@ def predict(training: Training, inputs: ModelInputs) -> tuple[Tensor, Mapping[in
 def train_step(training: Training, batches: Sequence[Batch]) -> dict[str, Any]:
     """Do one optimiser step. Returns scalars on the device; nothing here synchronises the host."""
     run, host, settings = training.run, training.host, training.run.settings
-    share, step = 1 / len(batches), training.step + 1
-    scalars: dict[str, Any] = {"loss": 0.0}
+    share, step, scalars = 1 / len(batches), training.step + 1, dict[str, Any]()
     for batch in batches:
         run.moment = at = batch.moment
-        rng.seed_global(run.seed, at.step, at.micro, at.rank)
-        inputs = draw_inputs(run, batch, training.sampler, spatial_tokens(run, batch.latents))
+        rng.seed_global(run.seed, at.step, at.micro, at.rank, device=run.device)
+        inputs = draw_inputs(run, batch, training.sampler, spatial_tokens(training, batch.latents))
         inputs = prepared(host, run, inputs)
         with phase(host, run, "forward"):
             prediction, taps = predict(training, inputs)
             terms = loss_terms(host, run, batch, StepOutput(prediction, inputs, taps))
             loss = torch.stack([term.value for term in terms]).sum(0).mean()
         with phase(host, run, "backward"):
-            (loss * share).backward()  # type: ignore[no-untyped-call]  # torch's own signature
+            loss.backward(torch.full_like(loss, share))  # type: ignore[no-untyped-call]  # torch's own
         summed = {"loss": loss}
         for term in terms:
-            summed |= {term.name: term.value.mean(), **term.metrics}
+            summed |= {term.name: term.value.detach().mean(), **term.metrics}
         for name, value in summed.items():
-            scalars[name] = scalars.get(name, 0.0) + value.detach() * share
+            part = value.detach() * share
+            scalars[name] = scalars[name] + part if name in scalars else part
     with phase(host, run, "update"):
         scalars["grad_norm"] = clip_gradients(
             training.parameters, limit=settings.max_grad_norm, method=settings.grad_clip_method

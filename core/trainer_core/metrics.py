@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -47,9 +48,12 @@ class EventLog:
         self._file.seek(0, os.SEEK_END)
 
     def close(self) -> None:
-        """Flush and close."""
-        self.flush()
-        self._file.close()
+        """Flush and close; closed even if the disk is full."""
+        try:
+            self.flush()
+        finally:
+            with contextlib.suppress(OSError):  # the flush has told it
+                self._file.close()
 
 
 class Trackers:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer_core import checkpoint as checkpoints
+from trainer_core.answers import state_of
 from trainer_core.checkpoint import Checkpoint
 from trainer_core.errors import CheckpointError, ConfigError, PluginError, Problem
 from trainer_core.files import write_tensors
@@ -136,8 +137,9 @@ def _products(run: Run) -> list[str]:
 def _final_files(events: Path) -> list[str]:
     if not events.exists():
         return []
-    lines = [line for line in events.read_text().splitlines() if '"kind": "end"' in line]
-    return [name for line in lines for name in json.loads(line)["files"]]
+    # a line that a fault cut short has no end
+    ends = [line for line in events.read_text().splitlines() if line.startswith('{"kind": "end"')]
+    return [name for line in ends if line.endswith("}") for name in json.loads(line)["files"]]
 
 
 def _move_aside(run: Run, names: Sequence[str]) -> None:
@@ -200,7 +202,7 @@ def _fill(training: Training, folder: Path) -> None:
         write_tensors(folder / "plugin_parameters.safetensors", extra)
     for name, plugin in host.plugins.items():
         if (state_dict := getattr(plugin, "state_dict", None)) is not None:
-            checkpoints.save_plugin(folder, name, state_dict())
+            checkpoints.save_plugin(folder, name, state_of(name, state_dict()))
     training.identity.write(folder)
     run.say_once(f"Checkpoints go to {run.output_dir}/checkpoint-*.")
 
@@ -214,6 +216,13 @@ def _save_weights(training: Training, folder: Path, *, final: bool) -> list[str]
             f"no plugin saved the weights of model_type {run.settings.model_type!r}; the adapter's or "
             "the model's plugin must implement save_weights"
         )
+    root = folder.resolve()
+    for name in written:
+        if not (folder / name).is_file() or not (folder / name).resolve().is_relative_to(root):
+            makers = " or ".join(plugin for plugin, _ in training.host.calls("save_weights"))
+            raise PluginError(
+                f"plugin {makers}: save_weights counts {name!r} as written; no such file is in {folder}"
+            )
     return list(written)
 
 
@@ -232,19 +241,32 @@ def restore(training: Training, checkpoint: Checkpoint | None) -> None:
     run, host, hooks = training.run, training.host, training.host.hooks
     if not hooks.load_weights(run=run, folder=checkpoint.folder):  # HOOK first result
         raise PluginError("no plugin loaded the weights of the checkpoint (hook load_weights)")
-    saved = checkpoint.tensors("plugin_parameters.safetensors")
-    for name, parameter in _plugin_parameters(training).items():
-        if name not in saved or saved[name].shape != parameter.shape:
-            raise CheckpointError(f"{checkpoint.folder} has no fitting parameter {name!r}")
+    parameters = _plugin_parameters(training)
+    saved = _fitting(checkpoint, "plugin_parameters.safetensors", parameters)
+    for name, parameter in parameters.items():
         with torch.no_grad():
             parameter.copy_(saved[name])
     checkpoints.load_optimizer(checkpoint, training.optimizer)
     if training.ema is not None:
-        training.ema.load_state_dict(checkpoint.tensors("ema.safetensors"))
+        shadow = training.ema.shadow
+        training.ema.load_state_dict(_fitting(checkpoint, "ema.safetensors", shadow))
     for name, plugin in host.plugins.items():
         if (load := getattr(plugin, "load_state_dict", None)) is not None:
             load(checkpoints.load_plugin(checkpoint, name))
     run.say(f"Going on from {checkpoint.folder}, after step {checkpoint.step}.")
+
+
+def _fitting(
+    checkpoint: Checkpoint, file: str, wanted: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file, which has each wanted one in its shape: copying would broadcast."""
+    saved = checkpoint.tensors(file)
+    for name, value in wanted.items():
+        if name not in saved or saved[name].shape != value.shape:
+            raise CheckpointError(
+                f"{checkpoint.folder / file} has no fitting {name!r}. {checkpoints.ANOTHER}"
+            )
+    return saved
 
 
 def finish(training: Training) -> None:

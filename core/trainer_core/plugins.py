@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import pluggy
 
 from trainer_core import hookspecs
+from trainer_core.answers import checked
 from trainer_core.blame import add_note
 from trainer_core.catalogue import Catalogue, Entry, implementations
 from trainer_core.errors import PluginError, TrainerError
@@ -40,6 +41,7 @@ class Host:
     hooks: calls every implementation; first-result hooks ask the last plugin of the order first and
     core's own last; the last plugin's wrapper is the outermost. plugins: name → instance, in order,
     without core's own. settings: name → validated settings, None for a plugin without keys.
+    check_answers: refuse answers of a wrong kind, naming the plugin and the hook.
     """
 
     def __init__(
@@ -48,8 +50,10 @@ class Host:
         *,
         settings: Mapping[str, BaseModel | None] | None = None,
         builtins: Sequence[NamedPlugin] = (),
+        check_answers: bool = False,
     ) -> None:
         self.plugins = dict(plugins)
+        self._check_answers = check_answers
         self.settings = dict(settings or {})
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
@@ -70,6 +74,11 @@ class Host:
         except (PluginError, pluggy.PluginValidationError) as error:
             raise PluginError(f"the plugin '{name}' cannot be used: {error}") from error
         self._everyone[name] = plugin
+        for caller in self._manager.get_hookcallers(plugin) or () if self._check_answers else ():
+            for found in caller.get_hookimpls():
+                if found.plugin is plugin and not found.wrapper:
+                    function = checked(name, caller.name, found.function)
+                    found.function = function  # type: ignore[misc]  # pluggy offers no other place
 
     @property
     def hooks(self) -> Hooks:
@@ -124,7 +133,7 @@ def build(
         choice.name: _construct(catalogue[choice.name], resolved.plugins[choice.name])
         for choice in resolved.choices
     }
-    return Host(plugins, settings=resolved.plugins, builtins=builtins)
+    return Host(plugins, settings=resolved.plugins, builtins=builtins, check_answers=True)
 
 
 def _construct(entry: Entry, settings: BaseModel | None) -> Plugin:
@@ -134,6 +143,11 @@ def _construct(entry: Entry, settings: BaseModel | None) -> Plugin:
         plugin = entry.cls(settings)
     except TrainerError:
         raise
+    except SystemExit as error:
+        raise PluginError(
+            f"the plugin '{entry.name}' ended the process while it was built from its settings; "
+            f"leave {entry.name} out of --plugins, or tell its author"
+        ) from error
     except Exception as error:
         add_note(error, f"raised while the plugin '{entry.name}' was built from its settings")
         raise

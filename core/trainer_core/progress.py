@@ -7,20 +7,27 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeRemainingColumn,
 )
 from rich.table import Column
+from rich.text import Text
 
 PLAIN_INTERVAL_S = 10.0
 GIB = 1 << 30
+SPACE = "  "
 
 
 class Display:
@@ -33,7 +40,11 @@ class Display:
     def say(self, message: str) -> None:
         """Show a line (above the bar, if there is one)."""
         with self._lock:
-            self.console.print(message, markup=False)
+            if self.console.is_terminal:
+                self.console.print(message, markup=False, emoji=False)
+            else:  # the same line, without the work of laying it out
+                self.console.file.write(f"{message}\n")
+                self.console.file.flush()
 
     @contextmanager
     def task(
@@ -58,7 +69,7 @@ class Display:
             BarColumn(bar_width=12),
             MofNCompleteColumn(table_column=whole),
             TimeRemainingColumn(elapsed_when_finished=True, table_column=whole),
-            TextColumn("{task.fields[note]}", table_column=rest),
+            _NoteColumn(table_column=rest),
         )
         with Progress(*columns, console=self.console, expand=True) as progress:
             task = progress.add_task(title, total=total, completed=start, note="")
@@ -84,6 +95,27 @@ class Display:
         return advance
 
 
+@dataclass(frozen=True)
+class Fitting:
+    """Parts of a note; as many of them as the line has room for, the first ones first."""
+
+    text: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        parts = self.text.split(SPACE)
+        while len(parts) > 1 and cell_len(SPACE.join(parts)) > options.max_width:
+            parts.pop()
+        yield Text(SPACE.join(parts), no_wrap=True, overflow="ellipsis")
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(0, cell_len(self.text)).with_maximum(options.max_width)
+
+
+class _NoteColumn(ProgressColumn):
+    def render(self, task: Task) -> Fitting:
+        return Fitting(task.fields["note"])
+
+
 def step_note(scalars: dict[str, float], timing: dict[str, float]) -> str:
     """Return the figures beside the bar."""
     parts = [f"loss {scalars['loss']:.4f}", f"lr {scalars['lr']:.2e}"]
@@ -92,4 +124,4 @@ def step_note(scalars: dict[str, float], timing: dict[str, float]) -> str:
         if timing.get("tokens_per_s"):
             parts.append(f"{timing['tokens_per_s']:.0f} tokens/s")
         parts.append(f"{timing['peak_bytes'] / GIB:.2f} GiB")
-    return "  ".join(parts)
+    return SPACE.join(parts)

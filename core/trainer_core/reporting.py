@@ -37,7 +37,7 @@ class Reporter:
         training = self.training
         names = [name for batch in group for name in batch.sample_ids]
         training.meter.add(training.step, scalars, names)
-        self._tokens += sum(num_tokens(training.run, batch.latents) for batch in group)
+        self._tokens += sum(num_tokens(training, batch.latents) for batch in group)
         self._steps += 1
         due = training.step % training.run.settings.log_step_interval == 0
         rows = training.meter.read() if due or flush else []

@@ -29,8 +29,20 @@ def generator(
     return torch.Generator(device=device).manual_seed(seed_of(seed, purpose, *parts))
 
 
-def seed_global(seed: int, *parts: int | str) -> None:
-    """Seed torch's global generators, which dropout draws from, by :func:`seed_of`."""
+def seed_global(seed: int, *parts: int | str, device: torch.device) -> None:
+    """Seed torch's global generators, which dropout draws from, by :func:`seed_of`.
+
+    Those of the CPU and of ``device``; ``torch.manual_seed`` gives them the same state, but looks for
+    every other device too and keeps a stack trace for each, which takes longer than a whole step here.
+    """
     import torch
 
-    torch.manual_seed(seed_of(seed, "global", *parts))
+    value = seed_of(seed, "global", *parts)
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(value)
+    elif device.type == "cuda":
+        torch.default_generator.manual_seed(value)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(value)
+    else:
+        torch.manual_seed(value)

@@ -31,6 +31,14 @@ class Key(Generic[T]):
         return f"Key({self.name!r})"
 
 
+FORCE_KEEP = Key["Tensor | None"]("force_keep")
+"""Tokens that no route may drop: (B, N) bool, in the order of the token grid, or None for nothing.
+
+A plugin that knows them sets it in ``prepare_inputs``, anew for every micro-batch. A mask on the CPU
+costs no wait; for one on an accelerator the host waits once a micro-batch, to count.
+"""
+
+
 class State:
     """Values under typed keys. Reading one that nobody has set is an error that names the key."""
 
@@ -57,7 +65,8 @@ class Run:
     where weights go. spec: known after ``describe_model``; model: after ``load_model``; reading them
     too early is an error that says so. moment: the current optimiser step, micro step and rank.
     state: values shared under a Key. prompts: what ``validate`` renders. taps: blocks whose outputs
-    are captured.
+    are captured. most_tokens: video tokens of the largest clip to train on, 0 until the data is
+    planned.
     """
 
     def __init__(
@@ -79,6 +88,7 @@ class Run:
         self.moment = Moment(step=0, rank=rank)
         self.prompts: tuple[Prompt, ...] = ()
         self.taps: set[int] = set()
+        self.most_tokens = 0
         self._notify = notify
         self._said: set[str] = set()
         self._spec: ModelSpec | None = None

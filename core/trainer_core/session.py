@@ -13,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from trainer_core import loop, persistence
+from trainer_core.answers import encoders_of
 from trainer_core.blame import blame
 from trainer_core.data import (
     CachedData,
@@ -119,10 +120,14 @@ def prepare(resolved: Resolved, host: Host) -> Session:
         )
     current.spec = spec
     display.say(f"model {spec.name}: {spec.sentence}")
+    for plugin in host.plugins.values():
+        if (look := getattr(plugin, "check", None)) is not None:
+            look(current)
     if settings.validation_prompt:
         current.prompts = (Prompt("validation", settings.validation_prompt),)
     backends = load_backends(Path(settings.data_backend_config), settings)
     plan = plan_data(backends, settings, spec, say=display.say, progress=display.task)
+    current.most_tokens = plan.most_tokens
     identity = Identity(
         fixed=resolved.fixed(),
         versions=plugin_versions(resolved),
@@ -149,7 +154,7 @@ def collect_encoders(current: Run, host: Host) -> list[Encoder]:
     for name, plugin in host.plugins.items():
         if (declare := getattr(plugin, "encoders", None)) is None:
             continue
-        for encoder in declare(current):
+        for encoder in encoders_of(name, declare(current)):
             for output in (encoder.name, *(tensor.name for tensor in encoder.writes)):
                 if output in writers:
                     raise PluginError(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from trainer_core.answers import groups_of
 from trainer_core.capabilities import Model, TokenGrid
 from trainer_core.errors import PluginError
 from trainer_core.types import (
@@ -63,10 +65,15 @@ class Training:
     finished: bool = False
     stop: signal.Signals | None = None
 
-    @property
+    @cached_property
     def parameters(self) -> list[nn.Parameter]:
         """All trained parameters, in the order of the optimiser."""
         return [p for group in self.groups for _, p in group.parameters]
+
+    @cached_property
+    def grid(self) -> TokenGrid | None:
+        """The model as a token grid, None if it has none; asking a protocol takes 20 us each time."""
+        return self.run.model if isinstance(self.run.model, TokenGrid) else None
 
 
 def checked_model(model: object, host: Host) -> Model:
@@ -117,39 +124,72 @@ def parameter_groups(run: Run, host: Host) -> list[ParameterGroup]:
             "some, with model_type full the model plugin must leave its weights trainable"
         )
     groups = [ParameterGroup("model", list(trained.items()))]
-    for plugin in host.plugins.values():
+    for name, plugin in host.plugins.items():
         if (parameters := getattr(plugin, "parameters", None)) is not None:
-            groups.extend(parameters())
+            groups.extend(_own_groups(name, groups_of(name, parameters()), groups))
     return groups
 
 
-def spatial_tokens(run: Run, latents: Tensor) -> int:
+def _own_groups(
+    plugin: str, found: Sequence[ParameterGroup], others: Sequence[ParameterGroup]
+) -> Sequence[ParameterGroup]:
+    """Return a plugin's groups after checking that nobody else trains their parameters."""
+    taken = {id(parameter) for group in others for _, parameter in group.parameters}
+    for group in found:
+        for name, parameter in group.parameters:
+            if id(parameter) in taken:
+                raise PluginError(
+                    f"plugin {plugin!r} returned {group.name}.{name} from parameters, which is trained "
+                    f"already; leave {plugin} out of --plugins, or tell its author"
+                )
+            taken.add(id(parameter))
+    return found
+
+
+def spatial_tokens(training: Training, latents: Tensor) -> int:
     """Return the tokens of one frame; latent pixels where the model has no token grid."""
     shape = tuple(latents.shape)
-    if isinstance(run.model, TokenGrid):
-        _, rows, columns = run.model.token_grid(shape)
-        return rows * columns
-    return int(shape[-1] * shape[-2])
+    if training.grid is None:
+        return shape[-1] * shape[-2]
+    _, rows, columns = training.grid.token_grid(shape)
+    return rows * columns
 
 
-def num_tokens(run: Run, latents: Tensor) -> int:
+def num_tokens(training: Training, latents: Tensor) -> int:
     """Return the video tokens of a micro-batch."""
-    if not isinstance(run.model, TokenGrid):
+    if training.grid is None:
         return 0
-    frames, rows, columns = run.model.token_grid(tuple(latents.shape))
-    return int(latents.shape[0]) * frames * rows * columns
+    shape = tuple(latents.shape)
+    frames, rows, columns = training.grid.token_grid(shape)
+    return shape[0] * frames * rows * columns
 
 
 def prepared(host: Host, run: Run, inputs: ModelInputs) -> ModelInputs:
     """Hand the noised micro-batch through the chain of plugins."""
     for name, prepare in host.calls("prepare_inputs"):
-        inputs = prepare(run=run, inputs=inputs)  # HOOK chain
+        before, inputs = inputs, prepare(run=run, inputs=inputs)  # HOOK chain
         if not isinstance(inputs, ModelInputs):
             raise PluginError(
                 f"plugin {name!r} returned {type(inputs).__name__} from prepare_inputs; it must "
                 "return a ModelInputs (dataclasses.replace makes a changed one)"
             )
+        _check_inputs(name, before, inputs)
     return inputs
+
+
+def _check_inputs(plugin: str, before: ModelInputs, after: ModelInputs) -> None:
+    for field in ("x0", "eps", "sigma", "t", "x_t", "target", "loss_weight"):
+        was, now = getattr(before, field), getattr(after, field)
+        if was is now:
+            continue
+        if not isinstance(now, Tensor) or (now.shape, now.dtype) != (was.shape, was.dtype):
+            found = (
+                f"{tuple(now.shape)} {now.dtype}" if isinstance(now, Tensor) else type(now).__name__
+            )
+            raise PluginError(
+                f"plugin {plugin!r}, prepare_inputs: {field} must stay {tuple(was.shape)} "
+                f"{was.dtype}; it is {found}"
+            )
 
 
 def loss_terms(host: Host, run: Run, batch: Batch, output: StepOutput) -> list[LossTerm]:
@@ -174,6 +214,19 @@ def _check_term(plugin: str, term: object, *, num_samples: int) -> None:
             f"plugin {plugin!r} named a loss term {term.name!r}; the name must be {plugin!r} or begin "
             f"with '{plugin}/'"
         )
+    wrong = [
+        n for n, v in {"value": term.value, **term.metrics}.items() if not isinstance(v, Tensor)
+    ]
+    if wrong:
+        raise PluginError(
+            f"plugin {plugin!r}, loss term {term.name!r}: {wrong[0]} must be a tensor"
+        )
+    for name, metric in term.metrics.items():
+        if metric.numel() != 1:
+            raise PluginError(
+                f"plugin {plugin!r}, loss term {term.name!r}: the metric {name!r} must be one number; "
+                f"it is {tuple(metric.shape)}"
+            )
     if tuple(term.value.shape) != (num_samples,) or term.value.dtype != torch.float32:
         raise PluginError(
             f"plugin {plugin!r}, loss term {term.name!r}: the value must be ({num_samples},) float32, "

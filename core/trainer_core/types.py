@@ -76,6 +76,7 @@ class ModelSpec:
     sizes: (width, height) pairs it was trained at; other buckets are warned about. May be empty.
     experts: trained roles with their noise ranges, at least one.
     sentence: what is trained, in one sentence for the user.
+    num_blocks: blocks of the smallest expert, None where that is not known without the weights.
     """
 
     name: str
@@ -86,6 +87,7 @@ class ModelSpec:
     experts: tuple[Expert, ...]
     sizes: tuple[tuple[int, int], ...] = ()
     sentence: str = ""
+    num_blocks: int | None = None
 
     def snap_frames(self, frames: int) -> int:
         """Return the largest legal clip length that is not above ``frames`` (0 if there is none)."""
@@ -95,6 +97,19 @@ class ModelSpec:
         """Return the number of video tokens of a clip of that many frames and pixels."""
         in_time = (frames - 1) // self.patch[0] + 1
         return in_time * (height // self.patch[1]) * (width // self.patch[2])
+
+
+@dataclass(frozen=True)
+class BlockFlops:
+    """Operations of one block's forward, 2 for each multiply and add.
+
+    weights: products of video tokens with weights. attention: products of tokens with tokens, self-
+    and cross-attention. text: products of text tokens with weights, the same for any video.
+    """
+
+    weights: float
+    attention: float
+    text: float
 
 
 @dataclass(frozen=True)

@@ -51,14 +51,13 @@ def test_the_life_cycle_of_two_steps(folder: Path, out: str):
     micro = ["prepare_inputs", "offload:forward", "compute_loss", "offload:backward"]
     step = [*micro, *micro, "offload:update"]
     render, save = ["offload:validate", "validate"], ["offload:save", "save_weights"]
-    called = [name for name in recorder.names() if name != "encode_batch"]
+    called = [name for name in recorder.names() if "encode" not in name]
     assert called == [
         *("describe_model", "offload:cache", "load_model", "route_tokens", "offload:set-up"),
         *("build_optimizer", *render, *step, *step, *save, *render),
         *("offload:save", "save_weights:final"),
     ]
-    first = recorder.names().index("encode_batch")
-    assert recorder.names()[first - 1] == "offload:cache"
+    recorder.assert_order(["offload:cache", "encode_batch", "load_model"])
 
 
 def test_the_recorder_tells_what_was_not_called(folder: Path, out: str):
@@ -183,17 +182,14 @@ def test_routes_taps_and_residency_act_in_training_alone(folder: Path, out: str)
     assert steps == once * 2
     forward = [visit for visit in inside.visits if visit[2] == "forward"]
     assert forward[:8] == [(w, b, "forward") for b in range(4) for w in ("before", "after")]
-    assert len(done.events) and sum(e["kind"] == "eval" for e in done.events) == 3
+    assert sum(e["kind"] == "eval" for e in done.events) == 3
 
 
 class Onion(Idle):
-    log: list[str]
-
     @hookimpl
     def offload(self, run, phase):
         if phase is None:
             return None
-        shared = run.state
 
         @contextmanager
         def layer():
@@ -201,7 +197,6 @@ class Onion(Idle):
             yield
             PHASES.append(f"{type(self).__name__} out {phase}")
 
-        assert shared is run.state
         return layer()
 
 
@@ -353,7 +348,8 @@ class Thing(Tiny):
 
 def test_what_is_no_model_is_refused(folder: Path):
     failed = attempt(folder, plugins={"tiny": Thing}, output="thing")
-    assert "load_model returned object, which is not a Model" in str(failed.error)
+    for words in ("'tiny'", "load_model", "object", "Model (spec, modules, networks and predict"):
+        assert words in str(failed.error)
 
 
 class Dropping(Idle):

@@ -68,7 +68,7 @@ def worlds(folder: Path) -> dict[str, dict[str, Any]]:
 def keys_of(contract: Contract, folder: Path, worlds: dict[str, dict[str, Any]]) -> dict[str, Any]:
     if contract.name not in worlds:
         own = folder / contract.name
-        own.mkdir()
+        own.mkdir(exist_ok=True)  # where a world skips, it is asked again
         worlds[contract.name] = dict(contract.world(own))
     return {**contract.core, **contract.settings, **worlds[contract.name]}
 

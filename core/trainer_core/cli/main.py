@@ -95,5 +95,7 @@ def report(error: Exception) -> int:
 
 
 def _say(line: str) -> None:
-    """Write to stderr, whatever a key or a path holds."""
-    click.echo(line.encode("utf-8", "backslashreplace").decode(), err=True)
+    """Write to stderr, whatever a key or a path holds; passwords in addresses are left out."""
+    from trainer_core.errors import redacted
+
+    click.echo(redacted(line).encode("utf-8", "backslashreplace").decode(), err=True)

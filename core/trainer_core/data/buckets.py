@@ -176,8 +176,37 @@ def native_hint(
     sources: (width, height) of files in the bucket. The warning names the ``resolution`` that gives
     the nearest size of the model, and the crop that this takes, if any.
     """
-    if not spec.sizes or size in spec.sizes:
+    return native_hints({size: sources}, dataset, spec)
+
+
+def native_hints(
+    sizes: Mapping[tuple[int, int], Sequence[tuple[int, int]]], dataset: Dataset, spec: ModelSpec
+) -> str:
+    """Return one warning about all buckets of a dataset: size → (width, height) of its files.
+
+    Where buckets ask for different settings, it names those that suit the most files.
+    """
+    gives: dict[str, list[str]] = {}
+    votes: dict[str, int] = {}
+    wrong = [size for size in sizes if spec.sizes and size not in spec.sizes]
+    for size in wrong:
+        cure, name = _native_cure(size, sizes[size], dataset, spec)
+        gives[cure] = [*gives.get(cure, []), *([] if name in gives.get(cure, []) else [name])]
+        votes[cure] = votes.get(cure, 0) + len(sizes[size])
+    if not wrong:
         return ""
+    best = max(votes, key=lambda cure: votes[cure])
+    names = ", ".join(f"{width}x{height}" for width, height in wrong)
+    several = "are not sizes" if len(wrong) > 1 else "is not a size"
+    cure = " gives ".join(part for part in (best, " and ".join(gives[best])) if part)
+    most = "; for most of its files, " if len(votes) > 1 else "; "
+    return f"{names} {several} the model was trained at{most}{cure}"
+
+
+def _native_cure(
+    size: tuple[int, int], sources: Sequence[tuple[int, int]], dataset: Dataset, spec: ModelSpec
+) -> tuple[str, str]:
+    """Return the settings that give the nearest size of the model, and that size."""
     aspect = size[0] / size[1]
     native = min(spec.sizes, key=lambda s: (abs(log(s[0] / s[1] / aspect)), s[0] * s[1]))
     kind, name = dataset.resolution_type, f"{native[0]}x{native[1]}"
@@ -190,7 +219,7 @@ def native_hint(
             width, height, resolution=value, kind=kind, alignment=spec.alignment,
             rounding=dataset.aspect_rounding,
         ):  # fmt: skip
-            return _hint(size, f"resolution {plain(round(value, 3))} gives {name}")
+            return f"resolution {plain(round(value, 3))}", name
     for value in nearby:
         if native == aspect_size(
             native[0] / native[1], resolution=value, kind=kind, alignment=spec.alignment
@@ -198,9 +227,5 @@ def native_hint(
             out = f"resolution {plain(round(value, 3))}"
             if dataset.crop_aspect not in ("closest", "random"):
                 out += " with crop: true and crop_aspect: closest"
-            return _hint(size, f"{out} gives {name}")
-    return _hint(size, f"its sizes are {', '.join(f'{w}x{h}' for w, h in spec.sizes)}")
-
-
-def _hint(size: tuple[int, int], cure: str) -> str:
-    return f"{size[0]}x{size[1]} is not a size the model was trained at; {cure}"
+            return out, name
+    return f"its sizes are {', '.join(f'{w}x{h}' for w, h in spec.sizes)}", ""

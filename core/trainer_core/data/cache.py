@@ -48,15 +48,11 @@ class Cache:
         self.folder, self.compress = folder, compress
         self._known: set[str] = set()
         for name in _folders(folder):
-            for entry in os.scandir(folder / name):
-                self._note(entry)
-
-    def _note(self, entry: os.DirEntry[str]) -> None:
-        if entry.name.endswith((PLAIN, PACKED)):
-            self._known.add(entry.name.partition(".")[0])
-        elif entry.name.endswith(".tmp") and entry.stat().st_mtime < time.time() - STALE_S:
-            # left by a process that was killed while it wrote
-            Path(entry.path).unlink(missing_ok=True)
+            entries = os.listdir(folder / name)
+            self._known.update(e.partition(".")[0] for e in entries if e.endswith((PLAIN, PACKED)))
+            for entry in entries:
+                if entry.endswith(".tmp"):
+                    _remove_stale(folder / name / entry)
 
     def __contains__(self, key: str) -> bool:
         return key in self._known
@@ -99,6 +95,15 @@ class Cache:
             raise Damaged(str(path))
         self._known.discard(key)
         raise Damaged(f"{self.path(key, PLAIN)} (missing)")
+
+
+def _remove_stale(path: Path) -> None:
+    """Delete what a process left that was killed while it wrote; others may be writing now."""
+    try:
+        if path.stat().st_mtime < time.time() - STALE_S:
+            path.unlink()
+    except FileNotFoundError:
+        pass
 
 
 def _folders(folder: Path) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -39,7 +38,7 @@ def caption_reader(dataset: Dataset, files: Mapping[str, Found], store: Store) -
 
 def lines_of(text: str) -> tuple[str, ...]:
     """Return the captions of a text: one per line, empty lines left out."""
-    return tuple(stripped for line in text.splitlines() if (stripped := line.strip()))
+    return tuple([stripped for line in text.splitlines() if (stripped := line.strip())])
 
 
 def _from_name(name: str) -> tuple[str, ...]:
@@ -62,7 +61,7 @@ class _TextFiles:
         self.known = store.texts(wanted)
 
     def __call__(self, name: str) -> tuple[str, ...]:
-        beside = os.path.splitext(name)[0] + ".txt"
+        beside = name[: name.rfind(".")] + ".txt"
         found = self.files.get(beside)
         if found is None:
             raise NoCaption(f"its caption {beside} is missing")

@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer_core.data.frames import targets
-from trainer_core.data.probe import Unreadable, reason, rotation, shown_size
-from trainer_core.data.types import CropPlan, FramePlan, Probe
+from trainer_core.data.probe import (
+    Broken,
+    Inaccessible,
+    reason,
+    refusal,
+    shown_size,
+)
+from trainer_core.data.rotation import rotation
+from trainer_core.data.types import CropPlan, FramePlan, MediaKind, Probe
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 SEEK_AFTER = 48
@@ -58,10 +66,25 @@ def decode(path: Path, frames: FramePlan, crop: CropPlan, *, probe: Probe) -> Te
                 done += 1
     except av.FFmpegError as error:
         if not done:
-            raise Unreadable(f"cannot be decoded: {reason(error)}") from None
+            raise refusal(error, "cannot be decoded") from None
     if done < frames.count:
         raise TooShort(measure(path, probe))
     return clip
+
+
+def first_frame(path: Path, kind: MediaKind) -> None:
+    """Decode the first frame. Raises Broken when there is none, Inaccessible on a failing disk."""
+    import av
+
+    if kind == "image":
+        _pixels_of(path)
+        return
+    try:
+        with av.open(str(path)) as container:
+            if next(container.decode(video=0), None) is None:
+                raise Broken("no frame can be decoded")
+    except av.FFmpegError as error:
+        raise refusal(error, "cannot be decoded") from None
 
 
 def fit(picture: Tensor, crop: CropPlan) -> Tensor:
@@ -79,8 +102,14 @@ def fit(picture: Tensor, crop: CropPlan) -> Tensor:
 
 
 def _image(path: Path, crop: CropPlan) -> Tensor:
-    import numpy as np
     import torch
+
+    return fit(torch.from_numpy(_pixels_of(path)), crop)[None].contiguous()
+
+
+def _pixels_of(path: Path) -> np.ndarray[Any, Any]:
+    """Return an image as (H, W, 3) uint8 RGB, turned as it is shown."""
+    import numpy as np
     from PIL import Image, ImageOps
 
     try:
@@ -90,10 +119,11 @@ def _image(path: Path, crop: CropPlan) -> Tensor:
                 # transparent pixels have arbitrary colours; on white they look as in a viewer
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            pixels = np.array(image.convert("RGB"))
+            return np.array(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Unreadable(f"cannot be decoded: {reason(error)}") from None
-    return fit(torch.from_numpy(pixels), crop)[None].contiguous()
+        broken = getattr(error, "errno", None) is None  # Pillow raises a bare OSError
+        kind = Broken if broken else Inaccessible
+        raise kind(f"cannot be decoded: {reason(error)}") from None
 
 
 def _stamps(container: Any, stream: Any) -> list[int]:

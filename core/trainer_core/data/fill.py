@@ -12,7 +12,8 @@ from trainer_core.data.cache import Cache, Damaged, caption_key, clip_key, ident
 from trainer_core.data.decode import TooShort, decode
 from trainer_core.data.encoding import EncodeHooks, check_writes, encode, loaded
 from trainer_core.data.plan import DataPlan
-from trainer_core.data.probe import Unreadable, reason
+from trainer_core.data.probe import Inaccessible, Unreadable, reason, refusal
+from trainer_core.data.removal import delete_broken
 from trainer_core.data.store import Store
 from trainer_core.data.types import MediaFile, Progress, Sample, no_progress
 from trainer_core.errors import DataError
@@ -64,10 +65,17 @@ class CachedData:
 
     def clip_key(self, encoder: Encoder, sample: Sample) -> str:
         """Return the key of a sample under an encoder."""
-        return clip_key(
-            self.identities[encoder.name], source=self.plan.files[sample.file].digest,
-            frames=sample.frames.key, crop=sample.crop.key,
-        )  # fmt: skip
+        return self.clip_keys(encoder)(sample)
+
+    def clip_keys(self, encoder: Encoder) -> Callable[[Sample], str]:
+        """Return what gives the key of a sample under an encoder."""
+        identity, files = self.identities[encoder.name], self.plan.files
+
+        def key(sample: Sample) -> str:
+            source, frames, crop = files[sample.file].digest, sample.frames.key, sample.crop.key
+            return clip_key(identity, source=source, frames=frames, crop=crop)
+
+        return key
 
     def read_clip(self, sample: Sample) -> dict[str, Tensor]:
         """Return what all pixel encoders wrote for a sample; raises Damaged."""
@@ -154,6 +162,8 @@ def fill_cache(
             data.encoded[encoder.name] = len(made)
             data.reused[encoder.name] = len(texts) - len(made)
         _fill_clips(data, store, progress)
+        if plan.settings.delete_problematic_images and run.rank == 0:
+            delete_broken(plan, store, run.say)
     return data
 
 
@@ -162,14 +172,14 @@ def digest_sources(plan: DataPlan, store: Store, run: Run, progress: Progress) -
     used = sorted({sample.file for sample in _kept(plan)})
     files = [plan.files[number] for number in used]
     known = {} if plan.settings.verify_cache else store.digests([plan.stamp_of(f) for f in files])
-    lost = False
-    with progress("digest sources", len(files)) as advance:
-        for file in files:
-            stamp = plan.stamp_of(file)
+    for file in files:
+        file.digest = known.get(plan.stamp_of(file)[0], "")
+    new, lost = [file for file in files if not file.digest], False
+    with progress("digest sources", len(new)) as advance:
+        for file in new:
             try:
-                file.digest = known.get(stamp[0]) or digest_file(plan.path_of(file))
-                if stamp[0] not in known:
-                    store.remember_digest(stamp, file.digest)
+                file.digest = digest_file(plan.path_of(file))
+                store.remember_digest(plan.stamp_of(file), file.digest)
             except OSError as error:
                 file.skipped, lost = f"cannot be read: {reason(error)}", True
                 run.say(f"{plan.path_of(file)} is left out: {file.skipped}")
@@ -215,11 +225,12 @@ def fill_captions(
 ) -> set[str]:
     """Encode the captions that are missing; return the keys that were made."""
     cache, size = data.text_cache, min(encoder.batch_size, data.plan.backends.write_batch_size)
-    keys = {text: caption_key(data.identities[encoder.name], text) for text in texts}
+    identity = data.identities[encoder.name]
+    keys = {text: caption_key(identity, text) for text in texts}
+    if all(key in cache for key in keys.values()):
+        return set()
     groups = [list(texts[k : k + size]) for k in range(0, len(texts), size)]
     missing = [group for group in groups if any(keys[text] not in cache for text in group)]
-    if not missing:
-        return set()
     made: set[str] = set()
     with loaded(encoder) as network, progress(f"encode {encoder.name}", len(missing)) as advance:
         for group in missing:
@@ -236,11 +247,13 @@ def fill_captions(
 
 def _fill_clips(data: CachedData, store: Store, progress: Progress) -> None:
     made: dict[str, set[str]] = {encoder.name: set() for encoder in data.of("pixels")}
+    wanted: dict[str, set[str]] = {}
     again = True
     while again:
         again = False
         for encoder in data.of("pixels"):
-            short = fill_clips(data, encoder, made[encoder.name], progress)
+            groups, wanted[encoder.name] = missing_groups(data, encoder)
+            short = fill_clips(data, encoder, groups, made[encoder.name], progress)
             for file, error in short:
                 _correct(data, store, file, error)
             if short:
@@ -248,7 +261,7 @@ def _fill_clips(data: CachedData, store: Store, progress: Progress) -> None:
                 data.plan.arrange()
                 again = True
     for encoder in data.of("pixels"):
-        keys = {data.clip_key(encoder, sample) for sample in _kept(data.plan)}
+        keys = wanted[encoder.name]
         data.encoded[encoder.name] = len(keys & made[encoder.name])
         data.reused[encoder.name] = len(keys - made[encoder.name])
 
@@ -257,7 +270,10 @@ def _correct(data: CachedData, store: Store, file: MediaFile, error: Exception) 
     plan, before = data.plan, file.probe
     found = error.probe if isinstance(error, TooShort) else None
     assert before is not None
-    if found is None:
+    if isinstance(error, Inaccessible):
+        file.skipped = str(error)  # not remembered: it may be readable the next time
+    elif found is None:
+        file.broken = True
         file.skipped = str(error) if isinstance(error, Unreadable) else "no frame can be decoded"
         store.remember_probe(plan.stamp_of(file), file.skipped)
     elif found == before or file.note:
@@ -285,11 +301,28 @@ Clips = list[tuple[Sample, Any]]
 """Samples with their decoded clip, or the error that decoding gave."""
 
 
+def missing_groups(data: CachedData, encoder: Encoder) -> tuple[list[list[Sample]], set[str]]:
+    """Return the groups that something is missing of, and the keys of all samples."""
+    plan, keys, wanted = data.plan, data.clip_keys(encoder), set[str]()
+    lacking = False
+    for bucket in plan.buckets:
+        cache = data.cache(plan.datasets[bucket.dataset].cache_dir)
+        ours = {keys(plan.samples[index]) for index in bucket.samples}
+        lacking = lacking or not all(key in cache for key in ours)
+        wanted |= ours
+    if not lacking:
+        return [], wanted
+    return [g for g in clip_groups(data, encoder) if _missing(data, encoder, g)], wanted
+
+
 def fill_clips(
-    data: CachedData, encoder: Encoder, made: set[str], progress: Progress
+    data: CachedData,
+    encoder: Encoder,
+    groups: Sequence[Sequence[Sample]],
+    made: set[str],
+    progress: Progress,
 ) -> list[tuple[MediaFile, Exception]]:
-    """Encode the clips that are missing; return the files that were too short or unreadable."""
-    groups = [group for group in clip_groups(data, encoder) if _missing(data, encoder, group)]
+    """Encode the clips of groups; return the files that were too short or unreadable."""
     failed: dict[int, Exception] = {}
     if not groups:
         return []
@@ -319,7 +352,7 @@ def _decode_group(data: CachedData, group: Sequence[Sample]) -> Clips:
         except (TooShort, Unreadable) as error:
             clips.append((sample, error))
         except OSError as error:
-            clips.append((sample, Unreadable(f"cannot be read: {reason(error)}")))
+            clips.append((sample, refusal(error)))
     return clips
 
 

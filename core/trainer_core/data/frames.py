@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from math import ceil
 from typing import Literal
 
@@ -140,12 +139,6 @@ def starts(
     if selection == "uniform" and slack:
         return [(slack * (2 * number + 1) // (2 * uses), 1) for number in range(uses)]
     return [(0, uses)]
-
-
-@lru_cache(maxsize=4096)
-def frame_plan(start: int, count: int, rate: Fraction | None) -> FramePlan:
-    """Return a plan; equal plans are one object, which keeps 100,000 samples small."""
-    return FramePlan(start, count, rate)
 
 
 def targets(pts: list[int], plan: FramePlan, *, time_base: Fraction, slack: Fraction) -> list[int]:

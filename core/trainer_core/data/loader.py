@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from trainer_core import rng
@@ -13,9 +14,11 @@ from trainer_core.data.fill import CachedData
 from trainer_core.data.sampler import Sampler
 from trainer_core.data.types import Sample
 from trainer_core.errors import PluginError
+from trainer_core.transfer import pinned, sent
 from trainer_core.types import Batch, Moment
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from trainer_core.run import Run
@@ -79,7 +82,11 @@ class Loader:
                 self._thread.join(WAIT_S)
 
     def _read_ahead(self) -> None:
+        import torch
+
         step = self.start_step
+        if self.run.device.type == "cuda":  # pinning belongs to this thread's device
+            torch.cuda.set_device(self.run.device)
         while not self._closed.is_set():
             step += 1
             found: Any
@@ -124,7 +131,7 @@ class Loader:
 
     def _read(self, step: int, micro: int) -> Batch:
         samples, captions, moment = self._chosen(step, micro)
-        return self._batch(samples, captions, moment)
+        return self._moved(self._batch(samples, captions, moment), pinned)
 
     def _batch(self, samples: Sequence[Sample], captions: Sequence[str], at: Moment) -> Batch:
         """Return a batch on the CPU; raises Damaged."""
@@ -159,16 +166,14 @@ class Loader:
 
     def _placed(self, batch: Batch) -> Batch:
         """Return the batch on the device of the run."""
+        return self._moved(batch, sent)
+
+    def _moved(self, batch: Batch, move: Callable[[Tensor, torch.device], Tensor]) -> Batch:
         device = self.run.device
         if device.type == "cpu":
             return batch
-        move: Mapping[str, Tensor] = {
-            name: value.to(device, non_blocking=True) for name, value in batch.conditioning.items()
-        }
-        return Batch(
-            batch.latents.to(device, non_blocking=True), move, batch.sample_ids, batch.captions,
-            batch.dataset, batch.moment,
-        )  # fmt: skip
+        conditioning = {name: move(value, device) for name, value in batch.conditioning.items()}
+        return replace(batch, latents=move(batch.latents, device), conditioning=conditioning)
 
     def eval_batches(self, limit: int) -> dict[str, list[Batch]]:
         """Return up to ``limit`` held-out samples of each eval dataset, one per batch.

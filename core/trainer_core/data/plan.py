@@ -6,31 +6,17 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from fractions import Fraction
-from functools import lru_cache
 from pathlib import Path
 
-from trainer_core import rng
 from trainer_core.data.backends import Backends
-from trainer_core.data.buckets import crop_plan, resized, target_size, too_small
 from trainer_core.data.captions import NoCaption, caption_reader
-from trainer_core.data.frames import (
-    Lengths,
-    Refusal,
-    clip_length,
-    effective_rate,
-    frame_plan,
-    frames_at,
-    lengths_of,
-    rate_of,
-    starts,
-)
-from trainer_core.data.probe import Unreadable, probe
+from trainer_core.data.frames import Lengths, lengths_of
+from trainer_core.data.probe import Inaccessible, Unreadable, probe
+from trainer_core.data.samples import Clips
 from trainer_core.data.sources import Found, listing
 from trainer_core.data.store import Stamp, Store
 from trainer_core.data.types import (
     Bucket,
-    CropPlan,
     Dataset,
     MediaFile,
     Probe,
@@ -91,6 +77,16 @@ class DataPlan:
         return f"{self.datasets[file.dataset].id}/{file.name}{tail}"
 
     @property
+    def most_tokens(self) -> int:
+        """Return the video tokens of the largest clip that is trained on."""
+        tokens = [
+            self.spec.tokens(bucket.frames, bucket.height, bucket.width)
+            for bucket in self.buckets
+            if not self.datasets[bucket.dataset].held_out
+        ]
+        return max(tokens, default=0)
+
+    @property
     def digest(self) -> str:
         """Digest of the samples: sources, captions, frames, crops, passes, buckets.
 
@@ -113,11 +109,15 @@ class DataPlan:
 
     def arrange(self) -> None:
         """Make samples and buckets anew from what is known of the files; raises DataError."""
+        clips = [
+            Clips(dataset, self.spec, lengths, self.settings.seed)
+            for dataset, lengths in zip(self.datasets, self.lengths, strict=True)
+        ]
         self.samples = [
             sample
             for number, file in enumerate(self.files)
             if not file.skipped
-            for sample in _samples_of(self, number, file)
+            for sample in clips[file.dataset].of(number, file)
         ]
         self._make_buckets()
         self._check()
@@ -219,18 +219,25 @@ def _files_of(
     root = str(dataset.folder)
     stamps = [(f"{root}/{i.name}", i.size, i.mtime_ns) for i in media if not i.problem]
     known = store.probes(stamps)
-    with progress(f"probe {dataset.id}", len(media)) as advance:
+    # only what is opened is worth a bar: the rest is instant
+    with progress(f"probe {dataset.id}", len(stamps) - len(known)) as advance:
         for item in media:
             file = MediaFile(number, item.name, item.size, item.mtime_ns)
             file.skipped = item.problem or _wrong_kind(item, dataset)
             if not file.skipped:
-                _look_at(file, item, dataset, known.get(f"{root}/{item.name}"), store)
+                answer = known.get(f"{root}/{item.name}")
+                if answer is None:
+                    answer = _look_at(item, dataset, store)
+                    advance(1)
+                if isinstance(answer, Probe):
+                    file.probe = answer
+                else:
+                    file.skipped, file.broken = answer, True
             if not file.skipped:
                 try:
                     file.captions = captions(item.name)
                 except NoCaption as error:
                     file.skipped = str(error)
-            advance(1)
             yield file
 
 
@@ -240,76 +247,14 @@ def _wrong_kind(item: Found, dataset: Dataset) -> str:
     return f"{item.kind} files are not taken by dataset_type {'/'.join(sorted(dataset.kinds))}"
 
 
-def _look_at(file: MediaFile, item: Found, dataset: Dataset, known: object, store: Store) -> None:
-    if known is None:
-        assert item.kind is not None
-        path = dataset.folder / item.name
-        try:
-            known = probe(path, item.kind)
-        except Unreadable as error:
-            known = str(error)
-        store.remember_probe((str(path), item.size, item.mtime_ns), known)
-    if isinstance(known, Probe):
-        file.probe = known
-    else:
-        file.skipped = str(known)
-
-
-@lru_cache(maxsize=65536)
-def _length(
-    found: Probe, dataset: Dataset, lengths: Lengths, spec: ModelSpec
-) -> tuple[Fraction | None, int, int | Refusal]:
-    """Return (rate, frames that the file gives at it, length of its clips or why none)."""
-    if found.kind == "image":
-        return None, 1, 1
-    rate = effective_rate(found.rate, rate_of(dataset, spec))
-    available = frames_at(found, rate)
-    return rate, available, clip_length(available, lengths, spec)
-
-
-def _samples_of(plan: DataPlan, number: int, file: MediaFile) -> Iterator[Sample]:
-    """Yield the samples of a file; sets ``file.skipped`` when there is none."""
-    dataset, spec, found = plan.datasets[file.dataset], plan.spec, file.probe
-    assert found is not None
-    if why := too_small(found.width, found.height, dataset):
-        file.skipped = why
-        return
-    rate, available, count = _length(found, dataset, plan.lengths[file.dataset], spec)
-    if isinstance(count, Refusal):
-        file.skipped = count.reason
-        return
-    seed, name = plan.settings.seed, f"{dataset.id}/{file.name}"
-    uses = 1 if dataset.held_out else dataset.repeats + 1
-
-    def draw_start(number: int, options: int) -> int:
-        return rng.seed_of(seed, "data/position", name, number) % options
-
-    made: dict[tuple[object, object], Sample] = {}
-    places = starts(available, count, selection=dataset.frame_selection, uses=uses, draw=draw_start)
-    drawn = dataset.crop_style == "random" or dataset.crop_aspect == "random"
-    variant = 0
-    for start, times in places:
-        frames = frame_plan(start, count, rate)
-        for share in [1] * times if drawn else [times]:
-            crop = _crop_of(dataset, spec, file, key=(seed, name, start, variant))
-            variant += 1
-            sample = made.setdefault((frames, crop), Sample(number, variant - 1, frames, crop, 0))
-            sample.uses += share
-    yield from made.values()
-
-
-def _crop_of(
-    dataset: Dataset, spec: ModelSpec, file: MediaFile, *, key: tuple[int, str, int, int]
-) -> CropPlan:
-    assert file.probe is not None
-    width, height = file.probe.width, file.probe.height
-    seed, name, start, variant = key
-    draws = 0
-
-    def draw(options: int) -> int:
-        nonlocal draws
-        draws += 1
-        return rng.seed_of(seed, "data/crop", name, start, variant, draws) % options
-
-    target = target_size(width, height, dataset, spec, draw=draw)
-    return crop_plan(resized(width, height, target, dataset), target, dataset.crop_style, draw=draw)
+def _look_at(item: Found, dataset: Dataset, store: Store) -> Probe | str:
+    assert item.kind is not None
+    path = dataset.folder / item.name
+    try:
+        answer: Probe | str = probe(path, item.kind)
+    except Inaccessible as error:
+        return str(error)  # not remembered: it may be readable the next time
+    except Unreadable as error:
+        answer = str(error)
+    store.remember_probe((str(path), item.size, item.mtime_ns), answer)
+    return answer

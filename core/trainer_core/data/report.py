@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from trainer_core.data.buckets import native_hint
+from trainer_core.data.buckets import native_hints
 from trainer_core.data.frames import rate_of
 from trainer_core.data.plan import DataPlan
 from trainer_core.data.sampler import Sampler
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 FILE_COLUMNS = ("file", "source", "bucket", "span", "frames", "tokens", "note")
 BUCKET_COLUMNS = ("dataset", "bucket", "samples", "uses per epoch", "tokens per step")
+
+ONLY_WIDE = ("source", "frames")
+"""Columns left out below a width of :data:`WIDE`: the bucket tells the frames as well."""
+WIDE = 110
 
 UNUSED = ("skipped:", "left out:")
 
@@ -54,11 +58,14 @@ def _table(
     from rich.table import Table
     from rich.text import Text
 
+    wide = console.width >= WIDE
+    kept = [k for k, column in enumerate(columns) if wide or column not in ONLY_WIDE]
     table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    for k in kept:
+        whole = columns[k] not in ("file", "dataset", "source", "note")
+        table.add_column(columns[k], overflow="fold", no_wrap=whole)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(row[k]) for k in kept))
     console.print(table)
 
 
@@ -209,9 +216,8 @@ def _of_dataset(plan: DataPlan, number: int, dataset: Dataset) -> list[str]:
                 slow.add(sample.file)
             if sample.crop.resize_w > probe.width:
                 enlarged.add(sample.file)
-    for size, sources in sizes.items():
-        if hint := native_hint(size, sources, dataset, plan.spec):
-            found.append(f"bucket {hint}")
+    if hint := native_hints(sizes, dataset, plan.spec):
+        found.append(f"{'bucket' if ' is not a size ' in hint else 'buckets'} {hint}")
     if slow:
         found.append(
             f"{len(slow)} files are slower than {plain(float(rate_of(dataset, plan.spec) or 0))} "

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 from trainer_core.data.types import MediaKind
 
@@ -16,10 +16,10 @@ VIDEO = frozenset(
     )
 )  # fmt: skip
 IMAGE = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"])
+KINDS: dict[str, MediaKind] = {**dict.fromkeys(VIDEO, "video"), **dict.fromkeys(IMAGE, "image")}
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """A file below a folder. name: relative, with slashes. problem: why it is unreadable."""
 
     name: str
@@ -31,8 +31,7 @@ class Found:
 
 def kind_of(name: str) -> MediaKind | None:
     """Return what a file's ending says it is, None for other files."""
-    ending = os.path.splitext(name)[1].lower()
-    return "video" if ending in VIDEO else "image" if ending in IMAGE else None
+    return KINDS.get(name[name.rfind(".") :].lower())
 
 
 def listing(folder: Path) -> dict[str, Found]:
@@ -40,30 +39,43 @@ def listing(folder: Path) -> dict[str, Found]:
 
     Links are followed, a loop of links is walked once.
     """
-    found = {item.name: item for item in _walk(str(folder), "", set())}
-    return dict(sorted(found.items()))
+    found: list[Found] = []
+    _walk(str(folder), "", set(), found)
+    found.sort(key=itemgetter(0))
+    return {item.name: item for item in found}
 
 
-def _walk(folder: str, prefix: str, seen: set[tuple[int, int]]) -> Iterator[Found]:
+def _walk(folder: str, prefix: str, seen: set[tuple[int, int]], found: list[Found]) -> None:
     try:
         facts = os.stat(folder)
         entries = list(os.scandir(folder))
     except OSError as error:
-        yield Found(prefix.rstrip("/"), None, 0, 0, f"{error.strerror or error}")
+        found.append(Found(prefix.rstrip("/"), None, 0, 0, f"{error.strerror or error}"))
         return
     if (facts.st_dev, facts.st_ino) in seen:
         return
     seen.add((facts.st_dev, facts.st_ino))
-    for entry in sorted(entries, key=lambda entry: entry.name):
-        if entry.name.startswith("."):
+    folders = []
+    for entry in entries:
+        name = entry.name
+        if name.startswith("."):
             continue
-        name = prefix + entry.name
+        kind, name = kind_of(name), prefix + name
         try:
-            if entry.is_dir():
-                yield from _walk(entry.path, f"{name}/", seen)
-                continue
-            facts = entry.stat()
+            if not name.isascii() and (shown := _escaped(name)) != name:
+                found.append(Found(shown, kind, 0, 0, "its name is not UTF-8; rename it"))
+            elif entry.is_dir():
+                folders.append(entry.name)
+            else:
+                facts = entry.stat()
+                found.append(Found(name, kind, facts.st_size, facts.st_mtime_ns))
         except OSError as error:
-            yield Found(name, kind_of(name), 0, 0, f"{error.strerror or error}")
-            continue
-        yield Found(name, kind_of(name), facts.st_size, facts.st_mtime_ns)
+            found.append(Found(name, kind, 0, 0, f"{error.strerror or error}"))
+    # in order: of two links to one folder the first one counts
+    for name in sorted(folders):
+        _walk(f"{folder}/{name}", f"{prefix}{name}/", seen, found)
+
+
+def _escaped(name: str) -> str:
+    """Return a name that can be printed and stored; it differs only for one that is not UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()

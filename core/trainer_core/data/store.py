@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer_core.data.types import MediaKind, Probe
+from trainer_core.errors import DataError
 
 Stamp = tuple[str, int, int]
 """(absolute path, size in bytes, time of change in ns)."""
@@ -24,12 +25,16 @@ CREATE TABLE IF NOT EXISTS probes (path TEXT PRIMARY KEY, size INTEGER, mtime IN
   frames INTEGER, rate TEXT, width INTEGER, height INTEGER, problem TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, digest TEXT)
   WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS failures (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER,
+  times INTEGER) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS texts (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, text TEXT)
   WITHOUT ROWID;
 """
 VERSION = 1
 PENDING_ROWS = 500
-READ_ROWS = 500
+TIMEOUT_S = 60
+FEW_ROWS = 500
+"""So many rows are asked for by name; for more, all between the first and the last are read."""
 
 
 class Store:
@@ -43,14 +48,24 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._connection = self._open()
+        except sqlite3.OperationalError as error:
+            raise self._fault(error) from error
         except sqlite3.DatabaseError:
             for suffix in ("", "-wal", "-shm"):
                 path.with_name(path.name + suffix).unlink(missing_ok=True)
             self.replaced = True
             self._connection = self._open()
 
+    def _fault(self, error: sqlite3.Error) -> DataError:
+        """Return what to tell of an index that is sound but locked, read-only or on a full disk."""
+        return DataError(
+            f"the index of the cache {self.path} cannot be used: {error}. Make room or make it writable, "
+            "let a run that uses it end, or name another --cache_dir, and start the same command again. "
+            "It may be deleted: all in it is found out again."
+        )
+
     def _open(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
+        connection = sqlite3.connect(self.path, timeout=TIMEOUT_S, check_same_thread=False)
         try:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=NORMAL")
@@ -74,15 +89,20 @@ class Store:
     def close(self) -> None:
         """Commit and close."""
         with self._lock:
-            self.flush()
-            self._connection.close()
+            try:
+                self.flush()
+            finally:
+                self._connection.close()
 
     def flush(self) -> None:
         """Commit what is pending."""
         with self._lock:
-            for statement, values in self._pending:
-                self._connection.execute(statement, values)
-            self._connection.commit()
+            try:
+                for statement, values in self._pending:
+                    self._connection.execute(statement, values)
+                self._connection.commit()
+            except sqlite3.DatabaseError as error:
+                raise self._fault(error) from error
             self._pending.clear()
 
     def _write(self, table: str, *values: Any) -> None:
@@ -93,16 +113,19 @@ class Store:
                 self.flush()
 
     def _rows(self, table: str, stamps: Sequence[Stamp]) -> Iterable[tuple[Any, ...]]:
+        asked = {path: (size, mtime) for path, size, mtime in stamps}
+        if len(asked) <= FEW_ROWS:
+            names, where = list(asked), f"path IN ({','.join('?' * len(asked))})"
+        else:
+            names, where = [min(asked), max(asked)], "path BETWEEN ? AND ?"
         with self._lock:
             self.flush()
-            for first in range(0, len(stamps), READ_ROWS):
-                part = stamps[first : first + READ_ROWS]
-                marks = ",".join("?" * len(part))
-                asked = {path: (size, mtime) for path, size, mtime in part}
-                query = f"SELECT * FROM {table} WHERE path IN ({marks})"
-                for row in self._connection.execute(query, list(asked)):
-                    if asked[row[0]] == (row[1], row[2]):
+            try:
+                for row in self._connection.execute(f"SELECT * FROM {table} WHERE {where}", names):
+                    if asked.get(row[0]) == row[1:3]:
                         yield row
+            except sqlite3.DatabaseError as error:
+                raise self._fault(error) from error
 
     def probes(self, stamps: Sequence[Stamp]) -> dict[str, Probe | str]:
         """Return path → what the header said, or why it is unreadable; unknown ones are absent."""
@@ -142,3 +165,19 @@ class Store:
     def remember_text(self, path: str, size: int, mtime_ns: int, text: str) -> None:
         """Keep the contents of a small text file."""
         self._write("texts", path, size, mtime_ns, text)
+
+    def failures(self, stamps: Sequence[Stamp]) -> dict[str, int]:
+        """Return path → in how many runs it could not be read; others are absent."""
+        return {row[0]: row[3] for row in self._rows("failures", stamps)}
+
+    def remember_failure(self, stamp: Stamp, times: int) -> None:
+        """Keep in how many runs a file could not be read."""
+        self._write("failures", *stamp, times)
+
+    def forget(self, path: str) -> None:
+        """Drop what was found out about a file, so that it is looked at again."""
+        with self._lock:
+            self.flush()
+            for table in ("probes", "failures"):
+                self._connection.execute(f"DELETE FROM {table} WHERE path = ?", (path,))
+            self._connection.commit()

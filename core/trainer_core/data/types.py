@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,7 +83,7 @@ class Probe:
         return float(self.frames / self.rate) if self.rate else 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class FramePlan:
     """Which frames make a clip: ``count`` frames from number ``start`` on.
 
@@ -93,13 +94,13 @@ class FramePlan:
     count: int
     rate: Fraction | None = None
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Text that two plans share exactly when they mean the same frames."""
         return f"{self.start}+{self.count}@{self.rate or 'source'}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CropPlan:
     """One resize of the frame to (resize_w, resize_h), then a crop at (left, top), in pixels."""
 
@@ -110,7 +111,7 @@ class CropPlan:
     width: int
     height: int
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Text that two plans share exactly when they mean the same pixels."""
         return f"{self.resize_w}x{self.resize_h}:{self.left},{self.top},{self.width}x{self.height}"
@@ -118,7 +119,7 @@ class CropPlan:
 
 @dataclass(slots=True)
 class MediaFile:
-    """A file of a dataset. skipped: why it is not used, empty when it is."""
+    """A file of a dataset. skipped: why it is not used, empty when it is. broken: cannot be read."""
 
     dataset: int
     name: str
@@ -129,6 +130,7 @@ class MediaFile:
     note: str = ""
     skipped: str = ""
     digest: str = ""
+    broken: bool = False
 
 
 @dataclass(slots=True)

@@ -12,7 +12,6 @@ from trainer_core import capabilities, hookspecs, run, types
 from trainer_core.catalogue import Catalogue
 
 NO_USER_YET = {
-    "route_tokens": "token routing comes as a plugin of its own; its tests use the tiny model",
     "offload": "moving weights between memories comes as a plugin of its own",
     "prepare_inputs": "rollouts in training come as a plugin of their own",
 }

@@ -218,6 +218,11 @@ class DataKeys(PluginSettings):
     write_batch_size: int = key(
         128, "Captions that the text encoder takes at once at the most.", ge=1, free=True
     )
+    delete_problematic_images: bool = key(
+        False,
+        "Delete media that could not be read in two runs; deleted.jsonl in cache_dir lists them.",
+        free=True,
+    )
     compress_disk_cache: bool = key(True, "Compress cache entries (zstandard).", free=True)
     cache_dir: str = key("cache", "Folder for what no dataset gives a folder for.", free=True)
     verify_cache: bool = key(

@@ -165,6 +165,12 @@ class _Resolver:
             if field.annotation in (bool, bool | None)
         }
 
+    def secrets(self) -> list[str]:
+        """Return the keys whose values are never shown."""
+        models = [entry.info.settings for entry in self.catalogue.usable()]
+        fields = [item for model in models if model for item in model.model_fields.items()]
+        return [name for name, field in fields if extra(field, "secret")]
+
     # --- what they mean -----------------------------------------------------------------------
 
     def resolve(self, roles: Sequence[str]) -> Resolved:
@@ -232,7 +238,7 @@ class _Resolver:
             elif key not in SELECTORS:  # the values of selectors may have a provider
                 sentence = self.pending.get(f"{key}={item.value}")
             if sentence is not None:
-                value = "" if item.bare else item.value
+                value = "" if item.bare else shown_unknown(key, item.value)
                 self.problems.append(
                     Problem(key, sentence, value, item.where, has_value=not item.bare)
                 )
@@ -256,7 +262,7 @@ class _Resolver:
                 known = [name for name in (*self.spellings, *self.pending) if "=" not in name]
                 near = did_you_mean(key, known)
                 text, way_out = f"unknown key{near or '.'}", "" if near else "Remove it."
-            value = shown_unknown(key, item.value)
+            value = shown_unknown(key, item.value, secrets=self.secrets())
             self.problems.append(Problem(key, text, value, item.where, way_out))
             del self.given[key]
 

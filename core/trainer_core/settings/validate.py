@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from trainer_core.catalogue import did_you_mean
-from trainer_core.errors import Problem
+from trainer_core.errors import Problem, redacted
 from trainer_core.settings import phrases
 from trainer_core.settings.files import no_text
 from trainer_core.settings.given import Given, decoded
@@ -18,6 +19,9 @@ from trainer_core.settings.owners import extra
 
 M = TypeVar("M", bound=BaseModel)
 MASK = "***"
+_SECRET = re.compile(
+    "token|secret|passw|passphrase|api_?key|webhook|credential|auth", re.IGNORECASE
+)
 
 
 def validate(
@@ -50,13 +54,18 @@ def validate(
 
 
 def shown(field: FieldInfo, value: Any) -> Any:
-    """Return a value as messages may show it: a secret is masked."""
+    """Return a value as messages and files may show it: a secret, a password in an address masked."""
+    if isinstance(value, str):
+        value = redacted(value)
     return MASK if extra(field, "secret") and value is not None else value
 
 
-def shown_unknown(name: str, value: Any) -> Any:
-    """Return the value of a key that nobody owns, masked where the name sounds like a secret."""
-    return MASK if re.search("token|secret|password|api_?key", name) else value
+def shown_unknown(name: str, value: Any, *, secrets: Iterable[str] = ()) -> Any:
+    """Return the value of a key that nobody owns, masked where the name sounds like a secret.
+
+    secrets: known keys that hold one; a near miss of such a key holds one too.
+    """
+    return MASK if _SECRET.search(name) or get_close_matches(name, list(secrets), n=1) else value
 
 
 def _prepared(name: str, item: Given, field: FieldInfo) -> tuple[Any, Problem | None]:

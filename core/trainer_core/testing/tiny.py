@@ -102,6 +102,7 @@ class Tiny:
             patch=(4, 2 * FACTOR, 2 * FACTOR),
             experts=(Expert("transformer"),),
             sentence=f"a tiny model of {self.settings.tiny_layers} blocks, {run.settings.model_type}",
+            num_blocks=self.settings.tiny_layers,
         )
 
     def encoders(self, run: Run) -> Sequence[Encoder]:

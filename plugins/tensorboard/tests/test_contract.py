@@ -7,5 +7,5 @@ from trainer_tensorboard import Tensorboard
 class TestTensorboard(PluginContract):
     name = "tensorboard"
     plugin = Tensorboard
-    core = {"report_to": "tensorboard"}  # noqa: RUF012
-    core_without = {"report_to": "none"}  # noqa: RUF012
+    core = {"report_to": "tensorboard"}  # noqa: RUF012  # a ClassVar of the contract
+    core_without = {"report_to": "none"}  # noqa: RUF012  # a ClassVar of the contract

@@ -12,8 +12,8 @@ from trainer_umt5 import Umt5
 class TestUmt5(PluginContract):
     name = "umt5"
     plugin = Umt5
-    core = {"tiny_text_width": 32}  # noqa: RUF012
-    core_without = {"tiny_text_width": 0}  # noqa: RUF012
+    core = {"tiny_text_width": 32}  # noqa: RUF012  # a ClassVar of the contract
+    core_without = {"tiny_text_width": 0}  # noqa: RUF012  # a ClassVar of the contract
 
     @classmethod
     def world(cls, folder: Path) -> dict[str, Any]:

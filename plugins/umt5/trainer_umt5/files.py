@@ -96,7 +96,8 @@ def _require_umt5(folder: Path) -> None:
 
 
 def _no_safetensors(folder: Path) -> str:
-    pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pth")])
+    endings = ("bin", "pt", "pth", "ckpt")
+    pickles = sorted(path for end in endings for path in folder.glob(f"*.{end}"))
     if pickles:
         return (
             f"the text encoder in {folder} is there only as {pickles[0].name}, a pickle, which is "

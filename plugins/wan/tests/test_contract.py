@@ -15,7 +15,7 @@ umt5 = pytest.importorskip("trainer_umt5")
 class TestWan(PluginContract):
     name = "wan"
     plugin = Wan
-    others = {"umt5": umt5.Umt5}  # noqa: RUF012
+    others = {"umt5": umt5.Umt5}  # noqa: RUF012  # a ClassVar of the contract
 
     @classmethod
     def world(cls, folder: Path) -> dict[str, Any]:

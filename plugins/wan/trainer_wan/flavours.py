@@ -67,8 +67,11 @@ class Flavour:
     alignment: int = 16
     built: bool = False
 
-    def spec(self, *, model_type: str) -> ModelSpec:
-        """Return the facts that core asks for; one expert over the whole noise range."""
+    def spec(self, *, model_type: str, num_blocks: int | None = None) -> ModelSpec:
+        """Return the facts that core asks for; one expert over the whole noise range.
+
+        num_blocks: of the weights, where they are known.
+        """
         what = "LoRA" if model_type == "lora" else "all weights"
         return ModelSpec(
             name=self.name,
@@ -79,6 +82,7 @@ class Flavour:
             experts=(Expert("transformer"),),
             sizes=self.sizes,
             sentence=f"{self.title}, all noise levels, {what}",
+            num_blocks=num_blocks,
         )
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer_core.capabilities import Blocks, TokenGrid
+from trainer_core.capabilities import Blocks, CountedBlocks, TokenGrid
 from trainer_core.files import digest_json, replace_folder
 from trainer_core.hookspecs import hookimpl
 from trainer_core.types import (
@@ -21,7 +21,7 @@ from trainer_core.types import (
     PluginInfo,
 )
 from trainer_wan.config import WanSettings
-from trainer_wan.flavours import Flavour, check_repo, check_weights, choose
+from trainer_wan.flavours import Flavour, Shape, check_repo, check_weights, choose
 from trainer_wan.weights import Weights
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Wan:
         provides=("model",),
         values=("model_family=wan",),
         requires=("umt5",),
-        exposes=(Blocks, TokenGrid),
+        exposes=(Blocks, TokenGrid, CountedBlocks),
     )
 
     def __init__(self, settings: WanSettings | None = None) -> None:
@@ -55,11 +55,13 @@ class Wan:
         """Return the flavour's facts; a folder's or known repository's weights are checked here."""
         flavour = choose(run.settings.model_flavour)
         weights = self._locate(run)
+        num_blocks = None
         if weights.is_local:
             self._check(flavour, weights)
-        else:
-            check_repo(flavour, weights.source)
-        return flavour.spec(model_type=run.settings.model_type)
+            num_blocks = Shape.of(weights.config("transformer")).num_layers
+        elif check_repo(flavour, weights.source):
+            num_blocks = flavour.shape.num_layers
+        return flavour.spec(model_type=run.settings.model_type, num_blocks=num_blocks)
 
     def encoders(self, run: Run) -> Sequence[Encoder]:
         """Return the VAE, which writes ``latents`` (C, f, h, w) float32, normalised."""

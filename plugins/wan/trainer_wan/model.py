@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from trainer_core.blocks import BlockStack
 from trainer_core.errors import ModelError
-from trainer_core.types import ForwardPlan, ModelInputs, ModelSpec, Placement, TapResult
+from trainer_core.types import BlockFlops, ForwardPlan, ModelInputs, ModelSpec, Placement, TapResult
 from trainer_wan.network import WanNetwork
+
+TEXT_TOKENS = 512
+"""Length that captions are padded to, as the model was trained."""
 
 
 class WanModel:
-    """What ``load_model`` returns; satisfies Model, Blocks and TokenGrid.
+    """What ``load_model`` returns; satisfies Model, Blocks, TokenGrid and CountedBlocks.
 
     modules: role → ``WanTransformer3DModel``. networks: role → :class:`WanNetwork` over it; core
     may replace an entry by its wrapper.
@@ -28,6 +31,7 @@ class WanModel:
         self._bare = dict(networks)
         config = next(iter(self.modules.values())).config
         self.hidden_size: int = config.num_attention_heads * config.attention_head_dim
+        self._ffn_size: int = config.ffn_dim
         self._patch: tuple[int, int, int] = tuple(config.patch_size)
 
     def predict(
@@ -44,6 +48,15 @@ class WanModel:
     def bare(self, role: str) -> WanNetwork:
         """Return the network itself, without what core wrapped around it."""
         return self._bare[role]
+
+    def block_flops(self, num_tokens: int) -> BlockFlops:
+        """Return the operations of one block's forward; the text is padded to 512 tokens."""
+        width, ffn, text = self.hidden_size, self._ffn_size, TEXT_TOKENS
+        return BlockFlops(
+            weights=(12 * width**2 + 4 * width * ffn) * num_tokens,
+            attention=4 * width * num_tokens * (num_tokens + text),
+            text=4 * text * width**2,
+        )
 
     def token_grid(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Return (frames, rows, columns) of tokens for latents (B, C, F, H, W)."""

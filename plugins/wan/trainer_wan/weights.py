@@ -42,7 +42,8 @@ class Weights:
         """Return the local folder of a component with its safetensors; a ModelError without any."""
         folder = self._fetch(f"{name}/*.json", f"{name}/*.safetensors") / name
         if not any(folder.glob("*.safetensors")):
-            pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+            endings = ("bin", "pt", "pth", "ckpt")
+            pickles = sorted(path for end in endings for path in folder.glob(f"*.{end}"))
             if pickles:
                 raise ModelError(
                     f"{self.source}: {name} is there only as {pickles[0].name}, a pickle, which is "
