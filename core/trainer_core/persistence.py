@@ -15,7 +15,7 @@ import torch
 from trainer_core import checkpoint as checkpoints
 from trainer_core.answers import state_of
 from trainer_core.checkpoint import Checkpoint
-from trainer_core.errors import CheckpointError, ConfigError, PluginError, Problem
+from trainer_core.errors import CheckpointError, ConfigError, ModelError, PluginError, Problem
 from trainer_core.files import write_tensors
 from trainer_core.metrics import EventLog, Trackers
 from trainer_core.phases import phase
@@ -239,7 +239,11 @@ def restore(training: Training, checkpoint: Checkpoint | None) -> None:
     if checkpoint is None:
         return
     run, host, hooks = training.run, training.host, training.host.hooks
-    if not hooks.load_weights(run=run, folder=checkpoint.folder):  # HOOK first result
+    try:
+        loaded = hooks.load_weights(run=run, folder=checkpoint.folder)  # HOOK first result
+    except ModelError as error:
+        raise CheckpointError(f"{error}. {checkpoints.ANOTHER}") from error
+    if not loaded:
         raise PluginError("no plugin loaded the weights of the checkpoint (hook load_weights)")
     parameters = _plugin_parameters(training)
     saved = _fitting(checkpoint, "plugin_parameters.safetensors", parameters)

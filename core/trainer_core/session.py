@@ -227,9 +227,7 @@ class Encoding:
         """Return what the owner of ``encoder`` makes of the samples."""
         with phase(self.host, self.current, "encode"):
             hooks = self.host.hooks
-            return hooks.encode_batch(
-                run=run, encoder=encoder, samples=samples
-            )  # HOOK first result
+            return hooks.encode_batch(run=run, encoder=encoder, samples=samples)  # HOOK first
 
 
 def say_schedule(session: Session) -> None:

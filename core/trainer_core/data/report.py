@@ -46,6 +46,7 @@ def render_report(plan: DataPlan, console: Console, *, most_files: int | None = 
 def _table(
     console: Console, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]
 ) -> None:
+    rows = [tuple(printable(cell) for cell in row) for row in rows]
     if not console.is_terminal:
         console.print(title, markup=False, highlight=False, soft_wrap=True)
         for row in rows:
@@ -67,6 +68,13 @@ def _table(
     for row in rows:
         table.add_row(*(Text(row[k]) for k in kept))
     console.print(table)
+
+
+def printable(text: str) -> str:
+    """Return a text on one line without control characters, as names of files may hold them."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def file_rows(plan: DataPlan, number: int) -> list[tuple[str, ...]]:

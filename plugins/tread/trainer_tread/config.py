@@ -58,7 +58,9 @@ class TreadSettings(PluginSettings):
             raise ValueError(f"must be an object with routes, for example {EXAMPLE}")
         routes = value.get("routes")
         if not isinstance(routes, (list, tuple)) or not routes:
-            raise ValueError(f"routes must be a list with at least one route, for example {EXAMPLE}")
+            raise ValueError(
+                f"routes must be a list with at least one route, for example {EXAMPLE}"
+            )
         return value
 
     @field_validator("tread_config")

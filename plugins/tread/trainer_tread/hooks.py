@@ -90,7 +90,9 @@ class Forced:
 
     def mask(self) -> Tensor | None:
         """Return the mask (B, N) bool, None where nothing is forced."""
-        return self.run.state[FORCE_KEEP] if FORCE_KEEP in self.run.state else None
+        if FORCE_KEEP not in self.run.state:
+            return None
+        return self.run.state[FORCE_KEEP]
 
     def most(self, mask: Tensor, shape: tuple[int, int], moment: Moment) -> int:
         """Return the largest number of forced tokens of a sample."""
@@ -137,10 +139,9 @@ def sentences(
     parts = []
     for (start, end), drop_ratio in spans:
         where = f"block {start}" if start == end else f"blocks {start} to {end}"
-        parts.append(f"{100 * (1 - drop_ratio):.4g} % of the tokens in {where}")
-    rest = [part.replace(" of the tokens in blocks", " in") for part in parts[1:]]
-    rest = [part.replace(" of the tokens in", " in") for part in rest]
-    line = f"tread keeps {', '.join([parts[0], *rest])} of {num_blocks}"
+        what = "" if parts else " of the tokens"
+        parts.append(f"{100 * (1 - drop_ratio):.4g} %{what} in {where}")
+    line = f"tread keeps {', '.join(parts)} of {num_blocks}"
     factor = modelled(run, spans, num_blocks)
     if factor is not None:
         line += f"; {factor:.2f}x by the FLOP model at {run.most_tokens} tokens (the largest clip)"

@@ -10,6 +10,7 @@ from trainer_core.data.buckets import (
     aspect_size,
     crop_plan,
     native_hint,
+    native_hints,
     resized,
     target_size,
     too_small,
@@ -113,3 +114,13 @@ def test_a_foreign_size_names_the_resolution_that_gives_a_native_one(dataset):
     assert "resolution 632 gives 832x480" in hint
     hint = native_hint((640, 368), [(1280, 720)], dataset, WAN)
     assert "resolution 632 with crop: true and crop_aspect: closest gives 832x480" in hint
+
+
+def test_foreign_sizes_of_a_dataset_make_one_sentence(dataset):
+    wide, tall = [(1280, 720)] * 3, [(720, 1280)]
+    hint = native_hints({(640, 368): wide, (368, 640): tall, (832, 480): wide}, dataset, WAN)
+    assert hint.startswith("640x368, 368x640 are not sizes the model was trained at; ")
+    assert hint.count("resolution") == 1
+    assert native_hints({(832, 480): wide}, dataset, WAN) == ""
+    both = native_hints({(624, 368): [(832, 480)], (640, 368): wide}, dataset, WAN)
+    assert "for most of its files, resolution 632 with crop: true" in both

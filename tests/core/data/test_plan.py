@@ -9,7 +9,7 @@ from PIL import Image
 from rich.console import Console
 
 from trainer_core.data import render_report
-from trainer_core.data.report import notes, warnings
+from trainer_core.data.report import notes, printable, warnings
 from trainer_core.errors import DataError
 from trainer_core.testing.clips import write_clips
 
@@ -58,7 +58,7 @@ def test_every_file_is_used_or_skipped_with_the_reason(world):
     ]
     text = report(plan)
     for file in plan.files:
-        assert file.name in text
+        assert printable(file.name) in text
         assert file.skipped in text
 
 
@@ -204,3 +204,18 @@ def test_the_report_warns_where_it_should(world):
     assert "slower source, keeps its frames" in report(plan)
     world.entries[0]["video"]["framerate"] = "source"
     assert "slower" not in report(world.plan())
+
+
+def test_a_terminal_of_80_columns_shows_names_whole(world):
+    clips(world)
+    world.add(video={"num_frames": 17})
+    shown = {}
+    for width in (80, 140):
+        out = io.StringIO()
+        render_report(world.plan(), Console(file=out, width=width, force_terminal=True))
+        shown[width] = out.getvalue()
+    for text in shown.values():
+        assert all(f"clip_00{n}.mp4" in text and f"{n}" in text for n in range(4))
+        assert all(column in text for column in ("file", "bucket", "span", "tokens", "note"))
+    assert "20 frames at 16 fps" in shown[140]
+    assert "source" not in shown[80]
