@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUTPUT ?= output/demo
+BENCH ?= output/bench
 BIN := $(VENV)/bin
 PLUGINS := $(sort $(dir $(wildcard plugins/*/pyproject.toml)))
 EDITABLE := -e .[dev] $(foreach folder,$(PLUGINS),-e ./$(folder:%/=%))
@@ -40,7 +41,8 @@ docs: $(STAMP)
 	$(BIN)/python -m trainer_core.reference docs/reference
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest tests/bench -q
+	$(BIN)/python tests/bench/core.py $(BENCH)
+	$(BIN)/python tests/bench/data.py $(BENCH)
 
 clean:
 	rm -rf output cache

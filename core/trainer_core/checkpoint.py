@@ -198,7 +198,7 @@ def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
             elif name != "params":
                 groups[index][name] = value
     write_tensors(folder / "optimizer.safetensors", tensors)
-    shapes = {name: list(value.shape) for name, value in tensors.items()}
+    shapes = {name: list(value.shape) for name, value in sorted(tensors.items())}
     plain_values = {"state": plain, "param_groups": groups, "tensors": shapes}
     write_json(folder / "optimizer.json", plain_values)
 

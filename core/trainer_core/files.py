@@ -43,6 +43,8 @@ class RememberedDigests:
         key, facts = str(file.resolve()), [status.st_size, status.st_mtime_ns]
         known = self._read()
         if key not in known or known[key][:2] != facts:
+            if file.suffix == ".safetensors":
+                check_tensors(file)
             known[key] = [*facts, digest_file(file)]
             write_json(self.path, known)
         digest: str = known[key][2]
@@ -150,9 +152,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ModelError(
-            f"{path} is no whole safetensors file ({error}); get or write it again"
-        ) from error
+        raise _no_tensors(path, error) from error
+
+
+def check_tensors(path: Path) -> None:
+    """Read the header of a safetensors file; ModelError if it does not fit the file's bytes."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise _no_tensors(path, error) from error
+
+
+def _no_tensors(path: Path, error: Exception) -> ModelError:
+    return ModelError(f"{path} is no whole safetensors file ({error}); get or write it again")
 
 
 def blocked(folder: Path) -> str | None:

@@ -44,7 +44,12 @@ class Watching:
 
 
 def test_captions_are_dropped_for_the_share_that_is_set_sample_by_sample(folder: Path):
-    keys = {"train_batch_size": 4, "max_train_steps": 75, "checkpoint_step_interval": 0}
+    keys = {
+        "train_batch_size": 4,
+        "max_train_steps": 40,
+        "log_step_interval": 40,
+        "checkpoint_step_interval": 0,
+    }
 
     def captions(share: float) -> list[str]:
         more = {"caption_dropout_probability": share}
@@ -59,8 +64,8 @@ def test_captions_are_dropped_for_the_share_that_is_set_sample_by_sample(folder:
 
     found = captions(0.3)
     dropped = [caption == "" for caption in found]
-    # 300 draws: a standard deviation of the share is 0.026
-    assert sum(dropped) / len(dropped) == pytest.approx(0.3, abs=0.08)
+    # 160 draws: a standard deviation of the share is 0.036
+    assert sum(dropped) / len(dropped) == pytest.approx(0.3, abs=0.1)
     batches = [sum(dropped[at : at + 4]) for at in range(0, len(dropped), 4)]
     assert set(batches) >= {0, 1, 2}, "one draw a sample, not one a batch"
     keys["max_train_steps"] = 2
@@ -79,13 +84,13 @@ def test_images_train_as_clips_of_one_frame(folder: Path):
         "instance_data_dir": str(stills), "caption_strategy": "textfile",
     }  # fmt: skip
     clips = json.loads(write_world(folder).read_text())
-    alone, mixed = folder / "alone.json", folder / "mixed.json"
+    alone, mixed = folder / "data-alone.json", folder / "data-mixed.json"
     alone.write_text(json.dumps([entry]))
     mixed.write_text(json.dumps([entry, *clips]))
 
     def shapes(file: Path) -> set[tuple[int, ...]]:
         keys = {"data_backend_config": str(file), "max_train_steps": 8}
-        done = train(folder, plugins={"w": Watching}, settings=keys, output=file.stem)
+        done = train(folder, plugins={"w": Watching}, settings=keys, output=f"run-{file.stem}")
         assert len(done.steps) == 8
         assert done.weights()
         return set(done.plugin("w").shapes)

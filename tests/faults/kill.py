@@ -61,19 +61,21 @@ Kill = tuple[str, float]
 
 @dataclass
 class Fate:
-    """Counts passages of each moment, and dies at one of them."""
+    """Counts passages of each moment, and sends itself signals at one of them."""
 
     at: str = ""
     number: int = 0
+    signals: Sequence[signal.Signals] = (signal.SIGKILL,)
     passed: Counter[str] = field(default_factory=Counter)
 
     def passes(self, moment: str, file: int | None = None) -> None:
-        """Count a passage; at the chosen one cut the open file in half and die."""
+        """Count a passage; at the chosen one cut the open file in half and let the signals come."""
         self.passed[moment] += 1
         if (moment, self.passed[moment]) == (self.at, self.number):
             if file is not None:
                 os.truncate(f"/proc/self/fd/{file}", os.fstat(file).st_size // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
+            for number in self.signals:
+                signal.raise_signal(number)
 
     def before(self, owner: Any, name: str, moment: str, when: Callable[..., bool] | None = None):
         """Let a call of ``owner.name`` pass the moment first."""
@@ -145,16 +147,31 @@ def train_here(folder: Path, output: str, fate: Fate) -> None:
 # --- the one who looks on ---------------------------------------------------------------------------
 
 
-def start(folder: Path, output: str, kill: Kill = ("", 0)) -> subprocess.Popen[str]:
+def start(
+    folder: Path,
+    output: str,
+    kill: Kill = ("", 0),
+    signals: Sequence[signal.Signals] = (signal.SIGKILL,),
+) -> subprocess.Popen[str]:
     """Start the training in a process of its own, with its fate."""
     moment, number = kill if kill[0] in MOMENTS else ("", 0)
-    words = [sys.executable, __file__, "--child", str(folder), output, moment, str(int(number))]
+    names = ",".join(each.name for each in signals)
+    words = [
+        sys.executable,
+        __file__,
+        "--child",
+        str(folder),
+        output,
+        moment,
+        str(int(number)),
+        names,
+    ]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @dataclass(frozen=True)
 class Unharmed:
-    """A run that nobody killed. passed: how often it passed each moment. said: its output."""
+    """A run that nobody killed. passed: how often it passed each moment."""
 
     left: dict[str, bytes | list[str]]
     passed: dict[str, int]
@@ -239,12 +256,12 @@ def draw(kills: int, seed: int, passed: dict[str, int]) -> list[Kill]:
 @click.command()
 @click.option("--kills", default=20, show_default=True, help="So many runs are killed once each.")
 @click.option("--seed", default=0, show_default=True, help="Decides where.")
-@click.option("--child", nargs=4, hidden=True)
-def main(kills: int, seed: int, child: tuple[str, str, str, str] | None) -> None:
+@click.option("--child", nargs=5, hidden=True)
+def main(kills: int, seed: int, child: tuple[str, str, str, str, str] | None) -> None:
     """Kill, restart, compare; exit with 1 if anything differs."""
     if child is not None:
-        folder, output, moment, number = child
-        fate = Fate(moment, int(number))
+        folder, output, moment, number, names = child
+        fate = Fate(moment, int(number), [signal.Signals[name] for name in names.split(",")])
         train_here(Path(folder), output, fate)
         print(json.dumps(fate.passed))
         return

@@ -64,6 +64,7 @@ def animation(path: Path) -> None:
 SQUARE = "64x64@9"
 LATE = [5000 + 63 * n for n in range(20)]
 HEVC = {"codec": "libx265", "pixels": "yuv420p10le", "options": {"x265-params": "log-level=none"}}
+HUGE = b"many words " * 10_000
 LONG = f"{'n' * 196}.mp4"
 CASES = (
     Case("plain.mp4", bucket=SQUARE),
@@ -89,10 +90,7 @@ CASES = (
     Case("webm-inside.mp4", make(codec="libvpx-vp9", form="webm"), bucket=SQUARE),
     Case("sound-only.mp4", media.write_sound_only, skipped="it has no picture"),
     Case("one-frame.mp4", make(count=1), skipped="1 frames, 9 are needed"),
-    Case(
-        "cut.mp4", lambda path: media.cut_after(path, 58, total=120), bucket=SQUARE,
-        note="header says 120 frames, 58 can be decoded",
-    ),
+    Case("cut.mp4", lambda path: media.cut_after(path, 58, total=120), bucket=SQUARE),
     Case(
         "cut-early.mp4", lambda path: media.cut_after(path, 5, total=120),
         skipped="5 frames, 9 are needed", note="header says 120 frames, 5 can be decoded",
@@ -112,7 +110,7 @@ CASES = (
     Case("no-caption.mp4", caption="", skipped="its caption no-caption.txt is missing"),
     Case("empty-caption.mp4", caption=b" \n\t\n", skipped="empty-caption.txt is empty"),
     Case("latin.mp4", caption="grün".encode("latin-1"), skipped="latin.txt is not UTF-8"),
-    Case("huge-caption.mp4", caption=b"many words " * 20_000, bucket=SQUARE),
+    Case("huge-caption.mp4", caption=HUGE, bucket=SQUARE),
     Case("marked-caption.mp4", caption=b"\xef\xbb\xbfwith a byte order mark", bucket=SQUARE),
 )  # fmt: skip
 
@@ -162,7 +160,7 @@ def cached(tmp_path_factory):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     world = build(tmp_path_factory.mktemp("media"))
-    yield world, world.fill()
+    yield world, world.fill(pad=len(HUGE))
     torch.set_num_threads(before)
 
 
@@ -195,7 +193,7 @@ def test_the_report_shows_every_file_on_a_plain_and_on_a_real_terminal(cached):
     _, data = cached
     for terminal in (False, True):
         out = io.StringIO()
-        render_report(data.plan, Console(file=out, width=300, force_terminal=terminal))
+        render_report(data.plan, Console(file=out, width=3000, force_terminal=terminal))
         shown = "".join(out.getvalue().split())
         for name in outcomes(data.plan):
             assert "".join(printable(name).split()) in shown, name
@@ -226,9 +224,23 @@ def test_a_second_run_decodes_nothing_and_is_the_same(cached, monkeypatch):
     world, data = cached
     for stage in ("plan.probe", "fill.decode"):
         monkeypatch.setattr(f"trainer_core.data.{stage}", lambda *_, **__: pytest.fail("again"))
-    again = world.fill()
+    again = world.fill(pad=len(HUGE))
     assert again.plan.digest == data.plan.digest
     assert set(again.encoded.values()) == {0}
+
+
+def test_a_cut_file_gives_the_frames_that_decode(tmp_path):
+    world = World(tmp_path)
+    world.keys["train_batch_size"] = 1
+    path = media.cut_after(world.folder() / "cut.mp4", 58, total=120)
+    write_caption(path, None)
+    world.add(video={"bucket_strategy": "resolution_frames", "max_frames": 200})
+    assert outcomes(world.plan())["cut.mp4"][0] == "64x64@117"  # what the header promises
+    data = world.fill()
+    note = "header says 120 frames, 58 can be decoded"
+    assert outcomes(data.plan)["cut.mp4"] == ("64x64@57", note)
+    assert f"{path}: {note}" in world.said
+    assert data.read_clip(data.plan.samples[0])["latents"].shape == (3, 57, 4, 4)
 
 
 def test_turned_files_hold_the_picture_as_shown(tmp_path):

@@ -84,7 +84,9 @@ def first_frame(path: Path, kind: MediaKind) -> None:
             if next(container.decode(video=0), None) is None:
                 raise Broken("no frame can be decoded")
     except av.FFmpegError as error:
-        raise refusal(error, "cannot be decoded") from None
+        if isinstance(error, OSError):
+            raise refusal(error, "cannot be decoded") from None
+        raise Broken("no frame can be decoded") from None
 
 
 def fit(picture: Tensor, crop: CropPlan) -> Tensor:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from trainer_core.data.cache import Cache, Damaged, caption_key, clip_key, identity_key
 from trainer_core.data.decode import TooShort, decode
 from trainer_core.data.encoding import EncodeHooks, check_writes, encode, loaded
+from trainer_core.data.memory import uncollected
 from trainer_core.data.plan import DataPlan
 from trainer_core.data.probe import Inaccessible, Unreadable, reason, refusal
 from trainer_core.data.removal import delete_broken
@@ -151,7 +152,8 @@ def fill_cache(
     """
     check_writes(encoders)
     with Store(plan.backends.index) as store:
-        digest_sources(plan, store, run, progress)
+        with uncollected():
+            digest_sources(plan, store, run, progress)
         identities = {e.name: identity_key(e.name, e.identity()) for e in encoders}
         data = CachedData(plan, run, tuple(encoders), hooks, identities)
         if plan.settings.verify_cache:
@@ -305,11 +307,12 @@ def missing_groups(data: CachedData, encoder: Encoder) -> tuple[list[list[Sample
     """Return the groups that something is missing of, and the keys of all samples."""
     plan, keys, wanted = data.plan, data.clip_keys(encoder), set[str]()
     lacking = False
-    for bucket in plan.buckets:
-        cache = data.cache(plan.datasets[bucket.dataset].cache_dir)
-        ours = {keys(plan.samples[index]) for index in bucket.samples}
-        lacking = lacking or not all(key in cache for key in ours)
-        wanted |= ours
+    with uncollected():
+        for bucket in plan.buckets:
+            cache = data.cache(plan.datasets[bucket.dataset].cache_dir)
+            ours = {keys(plan.samples[index]) for index in bucket.samples}
+            lacking = lacking or not all(key in cache for key in ours)
+            wanted |= ours
     if not lacking:
         return [], wanted
     return [g for g in clip_groups(data, encoder) if _missing(data, encoder, g)], wanted

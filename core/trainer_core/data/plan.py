@@ -11,6 +11,7 @@ from pathlib import Path
 from trainer_core.data.backends import Backends
 from trainer_core.data.captions import NoCaption, caption_reader
 from trainer_core.data.frames import Lengths, lengths_of
+from trainer_core.data.memory import uncollected
 from trainer_core.data.probe import Inaccessible, Unreadable, probe
 from trainer_core.data.samples import Clips
 from trainer_core.data.sources import Found, listing
@@ -109,6 +110,12 @@ class DataPlan:
 
     def arrange(self) -> None:
         """Make samples and buckets anew from what is known of the files; raises DataError."""
+        with uncollected():
+            self._make_samples()
+        self._make_buckets()
+        self._check()
+
+    def _make_samples(self) -> None:
         clips = [
             Clips(dataset, self.spec, lengths, self.settings.seed)
             for dataset, lengths in zip(self.datasets, self.lengths, strict=True)
@@ -119,8 +126,6 @@ class DataPlan:
             if not file.skipped
             for sample in clips[file.dataset].of(number, file)
         ]
-        self._make_buckets()
-        self._check()
 
     def _make_buckets(self) -> None:
         groups: dict[tuple[int, int, int, int], list[int]] = defaultdict(list)
@@ -190,7 +195,7 @@ def plan_data(
 
     Raises DataError when a dataset has nothing left.
     """
-    with Store(backends.index) as store:
+    with uncollected(), Store(backends.index) as store:
         if store.replaced:
             say(f"{backends.index} was damaged and is made anew")
         files = [

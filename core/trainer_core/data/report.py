@@ -21,8 +21,6 @@ ONLY_WIDE = ("source", "frames")
 """Columns left out below a width of :data:`WIDE`: the bucket tells the frames as well."""
 WIDE = 110
 
-UNUSED = ("skipped:", "left out:")
-
 
 def render_report(plan: DataPlan, console: Console, *, most_files: int | None = None) -> None:
     """Print the plan: tables in a terminal, plain lines elsewhere.
@@ -31,9 +29,9 @@ def render_report(plan: DataPlan, console: Console, *, most_files: int | None = 
     """
     for number, dataset in enumerate(plan.datasets):
         title = f"dataset {dataset.id} ({dataset.folder})"
-        rows = file_rows(plan, number)
-        if most_files is not None and len(rows) > most_files:
-            rows = [row for row in rows if row[-1].startswith(UNUSED)]
+        many = most_files is not None and _num_files(plan, number) > most_files
+        rows = file_rows(plan, number, unused_only=many)
+        if many:
             title += ": only what is not used; `trainer data` lists every clip"
         _table(console, title, FILE_COLUMNS, rows)
     _table(console, "buckets", BUCKET_COLUMNS, bucket_rows(plan))
@@ -77,8 +75,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def file_rows(plan: DataPlan, number: int) -> list[tuple[str, ...]]:
-    """Return a row of :data:`FILE_COLUMNS` for every clip of a dataset and every skipped file."""
+def _num_files(plan: DataPlan, number: int) -> int:
+    return sum(file.dataset == number for file in plan.files)
+
+
+def file_rows(plan: DataPlan, number: int, *, unused_only: bool = False) -> list[tuple[str, ...]]:
+    """Return a row of :data:`FILE_COLUMNS` for every clip of a dataset and every skipped file.
+
+    unused_only: leave out the clips that are trained on.
+    """
     left_out = {i: why for bucket, why in plan.dropped for i in bucket.samples}
     samples: dict[int, list[int]] = defaultdict(list)
     for index, sample in enumerate(plan.samples):
@@ -92,6 +97,8 @@ def file_rows(plan: DataPlan, number: int) -> list[tuple[str, ...]]:
                 (file.name, _source(plan, position), "", "", "", "", f"skipped: {file.skipped}")
             )
         for index in samples[position]:
+            if unused_only and index not in left_out:
+                continue
             note = f"left out: {left_out[index]}" if index in left_out else _note(plan, index)
             rows.append(
                 (file.name, _source(plan, position), *_clip(plan, plan.samples[index]), note)

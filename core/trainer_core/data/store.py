@@ -73,7 +73,8 @@ class Store:
             if version not in (0, VERSION):
                 raise sqlite3.DatabaseError("other version")
             connection.executescript(SCHEMA)
-            connection.execute(f"PRAGMA user_version={VERSION}")
+            if not version:  # writing waits for the disk, so only once
+                connection.execute(f"PRAGMA user_version={VERSION}")
             connection.execute("SELECT 1 FROM probes LIMIT 1").fetchall()
         except sqlite3.DatabaseError:
             connection.close()

@@ -22,19 +22,6 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def route(ratio: float, start: int, end: int) -> dict[str, Any]:
-    return {"selection_ratio": ratio, "start_layer_idx": start, "end_layer_idx": end}
-
-
-PROGRESSIVE = [
-    route(0.1, 2, 8),
-    route(0.25, 9, 11),
-    route(0.35, 12, 15),
-    route(0.25, 16, 23),
-    route(0.1, 24, -2),
-]
-
-
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Run]:
     """Return a maker of runs of one process; ``said`` holds what they said."""
