@@ -8,6 +8,10 @@ result of the one before it. *Wrappers allowed*: a plugin may surround the other
 
 No hook is ever called inside a model's forward: what has to act there is returned at set-up as a
 plain object (Route, Residency) or requested from the model (a tap), and core composes it.
+
+A plugin may also have plain methods: ``check(run)``, called once ``run.spec`` is known and before the
+data is planned, to refuse what cannot work; ``encoders(run)``; ``attach(run)``, called after the model
+is loaded; ``parameters()``, ``state_dict()`` and ``load_state_dict(state)``.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ from trainer_core.types import EncodedTensor, Encoder, Expert, ModelSpec, Placem
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 PER_FOLDER = 10_000
 MOST_LINKS = 30_000
-STARTS = 5
+STARTS, MANY_STARTS = 5, 3
 PROBED = 10_000
 SOURCES = ((832, 480, 24), (1280, 720, 30), (480, 832, 16), (1920, 1080, 25))
 MB = 1e6
@@ -250,7 +250,7 @@ def measured(count: int, workdir: Path) -> dict[str, Any]:
         command = [sys.executable, __file__, "--measure", str(root)]
         answers = [
             subprocess.run(command, check=True, capture_output=True, text=True)
-            for _ in range(STARTS)
+            for _ in range(STARTS if count <= PER_FOLDER else MANY_STARTS)
         ]
         found = [json.loads(answer.stdout.splitlines()[-1]) for answer in answers]
         # the best of some: the machine may be shared, and the first one warms the disk
