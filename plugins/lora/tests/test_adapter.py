@@ -123,7 +123,7 @@ def test_dropout_follows_the_seed_of_the_micro_step_and_is_off_in_eval(
 
     def at(*moment: int) -> torch.Tensor:
         with torch.random.fork_rng(), torch.no_grad():
-            seed_global(42, *moment)  # as the loop does
+            seed_global(42, *moment, device=torch.device("cpu"))  # as the loop does
             out: torch.Tensor = tiny.predict(module)
         return out
 
@@ -147,7 +147,7 @@ def test_recomputing_blocks_gives_the_gradients_of_the_same_masks(
         if checkpointing:
             module.enable_gradient_checkpointing()
         with torch.random.fork_rng():
-            seed_global(42, 3)
+            seed_global(42, 3, device=torch.device("cpu"))
             tiny.predict(module).square().mean().backward()
         gradients.append({name: value.grad for name, value in tiny.trained(module).items()})
     plain, recomputed = gradients
