@@ -208,3 +208,12 @@ def test_listing_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_later_file_sorts_behind_an_earlier_one(tmp_path: Path) -> None:
+    from trainer_tensorboard.events import NAME, EventFile
+
+    for _ in range(2):
+        EventFile(tmp_path, purge_step=None, flush_s=1).close()
+    found = [NAME.search(path.name) for path in tmp_path.iterdir()]
+    assert len({match[1] for match in found if match}) == len(found) == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 from trainer_tensorboard.preview import Preview
 
+NAME = re.compile(r"tfevents\.(\d+)\.")
 TEXT_LIMIT = 200
 """Characters of a hyperparameter's value; TensorBoard's table gets unreadable beyond."""
 
@@ -24,6 +27,7 @@ class EventFile:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = folder
+        _wait_for_a_later_name(folder)
         self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=flush_s)
         self._close = weakref.finalize(self, self._writer.close)
 
@@ -64,6 +68,18 @@ class EventFile:
     def close(self) -> None:
         """Flush and close; a second time does nothing."""
         self._close()
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Wait, for a second at most, until a new event file sorts behind all that are there.
+
+    TensorBoard reads the files of a folder in the order of their names, which hold the time in whole
+    seconds; of two of one second, the later could be read first and its purge would hide nothing.
+    """
+    seconds = [int(found[1]) for path in folder.glob("*") if (found := NAME.search(path.name))]
+    late = max(seconds, default=0) + 1 - time.time()
+    if 0 < late <= 1:
+        time.sleep(late)
 
 
 def plain(value: Any) -> str | float:
