@@ -61,7 +61,7 @@ class MediaEntry(_Entry):
     dataset_type: Literal["video", "image", "eval"]
     instance_data_dir: str
     disabled: bool = False
-    metadata_backend: Literal["discovery", "json"] = "discovery"
+    metadata_backend: Literal["discovery"] = "discovery"
     caption_strategy: CaptionStrategy = "textfile"
     instance_prompt: str | None = None
     caption_file: str | None = None

@@ -23,8 +23,8 @@ MEDIA = {
     "of either kind that are held out and only measured (`eval`).",
     "instance_data_dir": "Folder with the media, searched through its subfolders. A relative path is "
     "sought from the working directory, then from the folder of this file.",
-    "metadata_backend": "Accepted for both values, which do the same: what was found out about the "
-    "files is kept in `index.sqlite` below `cache_dir`, never in this folder.",
+    "metadata_backend": "Where facts about the files come from: the files themselves are probed, and "
+    "what was found out is kept in `index.sqlite` below `cache_dir`, never in this folder.",
     "caption_strategy": "Where captions come from: a `.txt` beside each file, of which each line is an "
     "alternative; the file's name; one text for all (`instance_prompt`); or a table (`caption_file`). "
     "A file without a caption is left out and listed.",
