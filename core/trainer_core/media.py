@@ -38,10 +38,10 @@ def write_mp4(frames: Frames, path: Path, *, fps: float, crf: int = 18, rotation
         with av.open(
             str(temporary), "w", format="mp4", options={"movflags": "+faststart"}
         ) as container:
-            # one thread: the bytes of a file do not depend on the machine's cores
-            stream = container.add_stream(
-                "libx264", rate=as_rate(fps), options={"crf": str(crf), "threads": "1"}
-            )
+            # one thread: the bytes of a file do not depend on the machine's cores; no macroblock tree:
+            # on small pictures x264's reads memory that it never wrote, and the bytes differ by chance
+            options = {"crf": str(crf), "threads": "1", "x264-params": "mbtree=0"}
+            stream = container.add_stream("libx264", rate=as_rate(fps), options=options)
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "yuv420p"
             if rotation:
