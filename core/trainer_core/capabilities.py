@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from trainer_core.blocks import BlockStack
+    from trainer_core.run import Run
     from trainer_core.types import BlockFlops, ForwardPlan, ModelInputs, ModelSpec, TapResult
 
 
@@ -62,4 +63,16 @@ class CountedBlocks(Protocol):
 
     def block_flops(self, num_tokens: int) -> BlockFlops:
         """Return the operations of one block's forward over ``num_tokens`` video tokens of a sample."""
+        ...
+
+
+@runtime_checkable
+class SamplingGrid(Protocol):
+    """A model that knows the noise levels that its samples are drawn on."""
+
+    def sampling_sigmas(self, run: Run) -> Tensor:
+        """Return the levels (n + 1,) float32 of the run's validation sampler, falling, the last one 0.
+
+        n is ``validation_num_inference_steps``; the shift is that of the samples.
+        """
         ...

@@ -38,6 +38,12 @@ A plugin that knows them sets it in ``prepare_inputs``, anew for every micro-bat
 costs no wait; for one on an accelerator the host waits once a micro-batch, to count.
 """
 
+DROP_VAE_ENCODER = Key["bool"]("drop_vae_encoder")
+"""True: nobody encodes with the VAE any more, so that a model loads it for decoding alone.
+
+A plugin sets it in ``attach``, when everything is cached; the model's plugin reads it before it renders.
+"""
+
 
 class State:
     """Values under typed keys. Reading one that nobody has set is an error that names the key."""
@@ -47,6 +53,11 @@ class State:
 
     def __setitem__(self, key: Key[T], value: T) -> None:
         self._values[key] = value
+
+    def get(self, key: Key[T], default: T) -> T:
+        """Return the value of a key, ``default`` where nobody has set it."""
+        value: T = self._values.get(key, default)
+        return value
 
     def __getitem__(self, key: Key[T]) -> T:
         if key not in self._values:
@@ -66,7 +77,9 @@ class Run:
     too early is an error that says so. moment: the current optimiser step, micro step and rank.
     state: values shared under a Key. prompts: what ``validate`` renders. taps: blocks whose outputs
     are captured. most_tokens: video tokens of the largest clip to train on, 0 until the data is
-    planned.
+    planned. clip_shapes: (frames, height, width) in pixels → number of clips in the plan, held-out ones
+    included. idle_encoders: names of encoders whose outputs are not read any more; a plugin that is done
+    with its own adds it, and batches read from then on come without.
     """
 
     def __init__(
@@ -89,6 +102,8 @@ class Run:
         self.prompts: tuple[Prompt, ...] = ()
         self.taps: set[int] = set()
         self.most_tokens = 0
+        self.clip_shapes: Mapping[tuple[int, int, int], int] = {}
+        self.idle_encoders: set[str] = set()
         self._notify = notify
         self._said: set[str] = set()
         self._spec: ModelSpec | None = None

@@ -127,7 +127,7 @@ def prepare(resolved: Resolved, host: Host) -> Session:
         current.prompts = (Prompt("validation", settings.validation_prompt),)
     backends = load_backends(Path(settings.data_backend_config), settings)
     plan = plan_data(backends, settings, spec, say=display.say, progress=display.task)
-    current.most_tokens = plan.most_tokens
+    current.most_tokens, current.clip_shapes = plan.most_tokens, plan.clip_shapes
     identity = Identity(
         fixed=resolved.fixed(),
         versions=plugin_versions(resolved),

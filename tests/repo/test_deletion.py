@@ -37,7 +37,7 @@ class Deleted(importlib.abc.MetaPathFinder):
 
 
 def installed(**arguments):
-    names = [f"trainer-{{name}}" for name in DELETED]
+    names = [f"trainer-{{name.replace('_', '-')}}" for name in DELETED]
     found = all_distributions(**arguments)
     return (each for each in found if each.metadata["Name"].replace("_", "-") not in names)
 

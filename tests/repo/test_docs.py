@@ -61,7 +61,8 @@ def test_pages_leave_other_plugins_out_and_miss_none(tmp_path: Path, catalogue):
         first_party(tmp_path)
     (tmp_path / "none").mkdir()
     assert not first_party(tmp_path / "none")
-    assert all(entry.distribution == f"trainer-{name}" for name, entry in catalogue.items())
+    names = {name: f"trainer-{name.replace('_', '-')}" for name in catalogue}
+    assert all(entry.distribution == names[name] for name, entry in catalogue.items())
 
 
 def test_every_key_has_a_description(catalogue):

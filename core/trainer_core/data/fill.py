@@ -48,6 +48,11 @@ class CachedData:
         """Return the encoders that read pixels, or captions."""
         return tuple(encoder for encoder in self.encoders if encoder.reads == reads)
 
+    def read_now(self, reads: str) -> tuple[Encoder, ...]:
+        """Return those of them whose outputs somebody still wants."""
+        idle = self.run.idle_encoders
+        return tuple(encoder for encoder in self.of(reads) if encoder.name not in idle)
+
     def cache(self, folder: Path) -> Cache:
         """Return the cache in a folder."""
         if folder not in self.caches:
@@ -79,16 +84,16 @@ class CachedData:
         return key
 
     def read_clip(self, sample: Sample) -> dict[str, Tensor]:
-        """Return what all pixel encoders wrote for a sample; raises Damaged."""
+        """Return what the pixel encoders wrote for a sample; raises Damaged."""
         tensors: dict[str, Tensor] = {}
-        for encoder in self.of("pixels"):
+        for encoder in self.read_now("pixels"):
             tensors |= self.clip_cache(sample).read(self.clip_key(encoder, sample))
         return tensors
 
     def read_text(self, caption: str) -> dict[str, Tensor]:
-        """Return what all caption encoders wrote for a caption; raises Damaged."""
+        """Return what the caption encoders wrote for a caption; raises Damaged."""
         tensors: dict[str, Tensor] = {}
-        for encoder in self.of("caption"):
+        for encoder in self.read_now("caption"):
             key = caption_key(self.identities[encoder.name], caption)
             tensors |= self.text_cache.read(key)
         return tensors

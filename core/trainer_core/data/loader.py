@@ -142,7 +142,9 @@ class Loader:
         for reads, rows in (("pixels", clips), ("caption", texts)):
             for encoder in self.data.of(reads):
                 for tensor in encoder.writes:
-                    values = [row[tensor.name] for row in rows]
+                    values = [row[tensor.name] for row in rows if tensor.name in row]
+                    if len(values) < len(rows):  # its plugin is done with it
+                        continue
                     who = f"encoder {encoder.name!r}: {tensor.name!r}"
                     tensors[tensor.name] = stack(values, pad_to=tensor.pad_to, who=who, names=names)
         latents = tensors.pop("latents").float()

@@ -88,6 +88,15 @@ class DataPlan:
         return max(tokens, default=0)
 
     @property
+    def clip_shapes(self) -> dict[tuple[int, int, int], int]:
+        """Return (frames, height, width) in pixels → number of clips, held-out ones included."""
+        found: dict[tuple[int, int, int], int] = {}
+        for bucket in self.buckets:
+            shape = (bucket.frames, bucket.height, bucket.width)
+            found[shape] = found.get(shape, 0) + len(bucket.samples)
+        return found
+
+    @property
     def digest(self) -> str:
         """Digest of the samples: sources, captions, frames, crops, passes, buckets.
 

@@ -13,7 +13,6 @@ from trainer_core.catalogue import Catalogue
 
 NO_USER_YET = {
     "offload": "moving weights between memories comes as a plugin of its own",
-    "prepare_inputs": "rollouts in training come as a plugin of their own",
 }
 """Hook → why neither core nor a plugin of this repository implements it."""
 

@@ -14,11 +14,12 @@ from trainer_core.settings.pending import pending_plugins, pending_sentences
 
 
 def first_party(folder: Path) -> Catalogue:
-    """Return the installed plugins whose package lies in ``folder`` (``NAME`` is trainer-NAME).
+    """Return the installed plugins whose package lies in ``folder`` (``a_b`` is trainer-a-b).
 
     Raises PluginError for a plugin of the folder that is not installed or cannot be used.
     """
-    wanted = {f"trainer-{path.parent.name}" for path in folder.glob("*/pyproject.toml")}
+    names = (path.parent.name.replace("_", "-") for path in folder.glob("*/pyproject.toml"))
+    wanted = {f"trainer-{name}" for name in names}
     found = [entry for entry in Catalogue.installed().values() if entry.distribution in wanted]
     for entry in found:
         if entry.error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer_core import rng
-from trainer_core.capabilities import Blocks, TokenGrid
+from trainer_core.capabilities import Blocks, SamplingGrid, TokenGrid
 from trainer_core.errors import CheckpointError
 from trainer_core.files import read_tensors, write_tensors
 from trainer_core.hookspecs import hookimpl
@@ -52,7 +52,7 @@ class TinySettings(PluginSettings):
 
 
 class TinyModel:
-    """Satisfies Model, Blocks and TokenGrid."""
+    """Satisfies Model, Blocks, TokenGrid and SamplingGrid."""
 
     def __init__(self, spec: ModelSpec, network: nn.Module, stack: BlockStack) -> None:
         self.spec = spec
@@ -76,6 +76,16 @@ class TinyModel:
         """Return (frames, rows, columns) of tokens."""
         return latent_shape[-3], latent_shape[-2] // 2, latent_shape[-1] // 2
 
+    def sampling_sigmas(self, run: Run) -> Tensor:
+        """Return evenly spaced levels from 1 to 0, shifted as the settings say."""
+        import torch
+
+        from trainer_core.flow import shifted
+
+        settings = run.settings
+        even = torch.linspace(1, 0, settings.validation_num_inference_steps + 1)
+        return shifted(even, settings.flow_schedule_shift or 1.0)
+
 
 class Tiny:
     """Plugin ``tiny``: role model; ``model_family: tiny`` selects it."""
@@ -85,7 +95,7 @@ class Tiny:
         settings=TinySettings,
         provides=("model",),
         values=("model_family=tiny",),
-        exposes=(Blocks, TokenGrid),
+        exposes=(Blocks, TokenGrid, SamplingGrid),
     )
 
     def __init__(self, settings: TinySettings) -> None:

@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer_core.capabilities import Blocks, CountedBlocks, TokenGrid
+from trainer_core.capabilities import Blocks, CountedBlocks, SamplingGrid, TokenGrid
 from trainer_core.files import digest_json, replace_folder
 from trainer_core.hookspecs import hookimpl
+from trainer_core.run import DROP_VAE_ENCODER
 from trainer_core.types import (
     Artifact,
     EncodedTensor,
@@ -43,7 +44,7 @@ class Wan:
         provides=("model",),
         values=("model_family=wan",),
         requires=("umt5",),
-        exposes=(Blocks, TokenGrid, CountedBlocks),
+        exposes=(Blocks, TokenGrid, CountedBlocks, SamplingGrid),
     )
 
     def __init__(self, settings: WanSettings | None = None) -> None:
@@ -100,6 +101,7 @@ class Wan:
             placement=run.placement,
             train_all=run.settings.model_type == "full",
             checkpointing=run.settings.gradient_checkpointing,
+            scheduler=weights.config("scheduler"),
         )
 
     @hookimpl
@@ -156,7 +158,11 @@ class Wan:
             scheduler_config=scheduler,
             device=run.device,
         )
-        decoder = vae.load(weights.component("vae"), device=run.device)
+        decoder = vae.load(
+            weights.component("vae"),
+            device=run.device,
+            decoder_only=run.state.get(DROP_VAE_ENCODER, False),
+        )
         return [
             Artifact(
                 name=prompt.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +14,30 @@ from trainer_core.errors import ModelError
 from trainer_core.types import BlockFlops, ForwardPlan, ModelInputs, ModelSpec, Placement, TapResult
 from trainer_wan.network import WanNetwork
 
+if TYPE_CHECKING:
+    from trainer_core.run import Run
+
 TEXT_TOKENS = 512
 """Length that captions are padded to, as the model was trained."""
 
 
 class WanModel:
-    """What ``load_model`` returns; satisfies Model, Blocks, TokenGrid and CountedBlocks.
+    """What ``load_model`` returns; satisfies Model, Blocks, TokenGrid, CountedBlocks and SamplingGrid.
 
     modules: role → ``WanTransformer3DModel``. networks: role → :class:`WanNetwork` over it; core
-    may replace an entry by its wrapper.
+    may replace an entry by its wrapper. scheduler: the config of the scheduler that samples are drawn
+    with.
     """
 
-    def __init__(self, spec: ModelSpec, networks: Mapping[str, WanNetwork]) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        networks: Mapping[str, WanNetwork],
+        *,
+        scheduler: Mapping[str, Any] | None = None,
+    ) -> None:
         self.spec = spec
+        self._scheduler = scheduler or {}
         self.networks: dict[str, nn.Module] = dict(networks)
         self.modules = {role: network.transformer for role, network in networks.items()}
         self._bare = dict(networks)
@@ -63,9 +75,24 @@ class WanModel:
         frames, height, width = latent_shape[-3:]
         return frames // self._patch[0], height // self._patch[1], width // self._patch[2]
 
+    def sampling_sigmas(self, run: Run) -> Tensor:
+        """Return the levels (n + 1,) of the scheduler that draws the run's samples, the last one 0."""
+        from trainer_wan.sampling import scheduler_for, settle
+
+        sampling = settle(run, self._scheduler)
+        scheduler = scheduler_for(self._scheduler, sampling)
+        scheduler.set_timesteps(sampling.steps)
+        return scheduler.sigmas.float()
+
 
 def load(
-    folder: Path, *, spec: ModelSpec, placement: Placement, train_all: bool, checkpointing: bool
+    folder: Path,
+    *,
+    spec: ModelSpec,
+    placement: Placement,
+    train_all: bool,
+    checkpointing: bool,
+    scheduler: Mapping[str, Any] | None = None,
 ) -> WanModel:
     """Return the model of a transformer's folder, on ``placement.device``.
 
@@ -95,4 +122,4 @@ def load(
     network = WanNetwork(transformer, dtype=placement.dtype)
     network.train(train_all)
     network.stack.policy = "full" if checkpointing else "none"
-    return WanModel(spec, {spec.experts[0].role: network})
+    return WanModel(spec, {spec.experts[0].role: network}, scheduler=scheduler)

@@ -14,6 +14,8 @@ from trainer_core.errors import ConfigError, Problem
 from trainer_wan.network import WanNetwork
 
 if TYPE_CHECKING:
+    from diffusers import UniPCMultistepScheduler
+
     from trainer_core.run import Run
 
 TEXT_TOKENS = 512
@@ -69,6 +71,18 @@ def settle(run: Run, scheduler_config: Mapping[str, Any]) -> Sampling:
         guidance=settings.validation_guidance,
         shift=float(own if settings.flow_schedule_shift is None else settings.flow_schedule_shift),
         seed=settings.seed if seed is None else seed,
+    )
+
+
+def scheduler_for(config: Mapping[str, Any], sampling: Sampling) -> UniPCMultistepScheduler:
+    """Return UniPC for flow matching, with the shift of ``sampling``."""
+    from diffusers import UniPCMultistepScheduler
+
+    return UniPCMultistepScheduler.from_config(
+        dict(config),
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=sampling.shift,
     )
 
 
@@ -132,7 +146,7 @@ def sample_latents(
     less, which saves its pass. Each text starts from the same noise. Global random state is
     left as it was.
     """
-    from diffusers import UniPCMultistepScheduler, WanPipeline
+    from diffusers import WanPipeline
 
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _evaluating(network), torch.no_grad():
@@ -140,12 +154,7 @@ def sample_latents(
             tokenizer=None,
             text_encoder=None,
             vae=None,
-            scheduler=UniPCMultistepScheduler.from_config(
-                dict(scheduler_config),
-                prediction_type="flow_prediction",
-                use_flow_sigmas=True,
-                flow_shift=sampling.shift,
-            ),
+            scheduler=scheduler_for(scheduler_config, sampling),
             transformer=_Denoiser(network, device),
         )
         pipeline.set_progress_bar_config(disable=True)

@@ -15,14 +15,19 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
 
-def load(folder: Path, *, device: torch.device) -> AutoencoderKLWan:
-    """Return the VAE of a folder, frozen, in float32."""
+def load(folder: Path, *, device: torch.device, decoder_only: bool = False) -> AutoencoderKLWan:
+    """Return the VAE of a folder, frozen, in float32.
+
+    decoder_only: without the layers that only encoding needs, which are never on the device.
+    """
     from diffusers import AutoencoderKLWan
 
     with torch.random.fork_rng(devices=[]):
         vae = AutoencoderKLWan.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
+    if decoder_only:
+        vae.encoder = vae.quant_conv = None
     return vae.to(device).eval().requires_grad_(False)
 
 
