@@ -68,7 +68,9 @@ def look(frames: Picture) -> Seen:
     distance = np.linalg.norm(values - ground, axis=-1)  # (F, H, W)
     masks = [_mask(one) for one in distance]
     there = [(number, mask) for number, mask in enumerate(masks) if mask is not None]
-    background = min(BACKGROUNDS, key=lambda name: float(np.linalg.norm(ground - BACKGROUNDS[name])))
+    background = min(
+        BACKGROUNDS, key=lambda name: float(np.linalg.norm(ground - BACKGROUNDS[name]))
+    )
     if len(there) < len(masks) / 2:
         return Seen(None, None, None, background)
     inside = np.concatenate([values[number][mask] for number, mask in there])
@@ -152,9 +154,7 @@ def _drawn(shape: str, x: float, y: float, radius: float, size: tuple[int, int])
     from PIL import Image, ImageDraw
 
     large = Image.new("L", (size[0] * SMOOTH, size[1] * SMOOTH), 0)
-    corners = [
-        (SMOOTH * (a + 0.5), SMOOTH * (b + 0.5)) for a, b in outline(shape, x, y, radius)
-    ]
+    corners = [(SMOOTH * (a + 0.5), SMOOTH * (b + 0.5)) for a, b in outline(shape, x, y, radius)]
     ImageDraw.Draw(large).polygon(corners, fill=255)
     return np.asarray(large.resize(size, Image.Resampling.BOX)) > 127
 

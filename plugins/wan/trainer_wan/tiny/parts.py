@@ -27,7 +27,16 @@ TRANSFORMER = {
 }
 FLOW_SHIFT = 1.0
 """80 tokens a clip: far fewer than the real models have, so noise levels are not shifted."""
-WORDS = ("a", "moves", "on", "background", *sorted(COLOURS), *SHAPES, *MOTIONS, *sorted(BACKGROUNDS))
+WORDS = (
+    "a",
+    "moves",
+    "on",
+    "background",
+    *sorted(COLOURS),
+    *SHAPES,
+    *MOTIONS,
+    *sorted(BACKGROUNDS),
+)
 SPACE = "Ġ"
 """How a byte tokenizer writes the space before a word."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,15 +51,18 @@ def make_vae(folder: Path) -> None:
 
     display, total = Display(), sum(stage.steps for stage in vae_training.STAGES)
     clips = read_clips(scenes.write_scenes(folder / "clips" / "vae", vae_scenes()))
-    with display.task("VAE", total, every=50) as advance:
+    state = folder / "vae_state.safetensors"
+    begun = vae_training.steps_done(state)
+    with display.task("VAE", total, start=begun, every=50) as advance:
 
         def told(step: int, loss: float) -> None:
             advance(1, f"loss {loss:.3f}")
 
-        vae = vae_training.train(clips, folder / "vae_state.safetensors", told=told)
+        vae = vae_training.train(clips, state, told=told)
     unseen = read_clips(scenes.write_scenes(folder / "clips" / "unseen", unseen_scenes()))
     display.say(f"VAE: {vae_training.psnr(vae, unseen):.2f} dB on {len(unseen)} unseen clips")
-    vae.save_pretrained(folder / "vae")
+    vae.save_pretrained(folder / "vae.writing")
+    (folder / "vae.writing").rename(folder / "vae")
 
 
 def make_untrained(folder: Path) -> None:
@@ -68,7 +72,8 @@ def make_untrained(folder: Path) -> None:
     from trainer_wan.tiny import parts
 
     vae = AutoencoderKLWan.from_pretrained(folder / "vae")
-    parts.pipeline(vae, parts.new_transformer()).save_pretrained(folder / "untrained")
+    parts.pipeline(vae, parts.new_transformer()).save_pretrained(folder / "untrained.writing")
+    (folder / "untrained.writing").rename(folder / "untrained")
 
 
 def placed(value: Any, folder: Path) -> Any:
@@ -94,3 +99,51 @@ def train_transformer(folder: Path, preset: Path) -> None:
         (folder / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     command = [sys.executable, "-m", "trainer_core", "run", "--plugins", "wan"]
     subprocess.run([*command, "--config", str(folder / "config.json")], check=True)
+
+
+def finish(folder: Path) -> Path:
+    """Write ``folder/tiny-wan``: the averaged weights in bfloat16, as they are shipped."""
+    import torch
+    from diffusers import WanPipeline
+
+    averaged = folder / "run" / "ema" / "pipeline"
+    pipeline = WanPipeline.from_pretrained(averaged)
+    for part in (pipeline.transformer, pipeline.vae, pipeline.text_encoder):
+        part.to(torch.bfloat16)
+    pipeline.save_pretrained(folder / "tiny-wan")
+    return folder / "tiny-wan"
+
+
+def score(checkpoint: Path, *, guidance: float) -> str:
+    """Return the figures of a checkpoint in two lines: its VAE's, and those of what it draws."""
+    from diffusers import AutoencoderKLWan, WanPipeline
+
+    from trainer_core.progress import Display
+    from trainer_wan.tiny import measure, render, vae_training
+
+    _, held_out = scenes.split()
+    vae = AutoencoderKLWan.from_pretrained(checkpoint / "vae")
+    with tempfile.TemporaryDirectory() as work:
+        paths = scenes.write_scenes(Path(work), unseen_scenes())
+        decibels = vae_training.psnr(vae, read_clips(paths))
+    pipeline = WanPipeline.from_pretrained(checkpoint)
+    with Display().task("render", len(held_out), every=12) as advance:
+        captions = [scene.caption for scene in held_out]
+        clips = render.render(pipeline, captions, guidance=guidance, done=advance)
+    return (
+        f"VAE: {decibels:.2f} dB on {len(paths)} unseen clips\n"
+        f"{measure.score(clips, held_out)} on {len(held_out)} unseen captions, "
+        f"{render.STEPS} steps, guidance {guidance:g}"
+    )
+
+
+def pretrain(folder: Path, preset: Path) -> None:
+    """Make the tiny Wan in ``folder``; what is done already is not done again."""
+    from trainer_wan.tiny import render
+
+    if not (folder / "vae").exists():
+        make_vae(folder)
+    if not (folder / "untrained").exists():
+        make_untrained(folder)
+    train_transformer(folder, preset)
+    print(score(finish(folder), guidance=render.GUIDANCE))

@@ -95,7 +95,12 @@ def outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float, 
     """Return the corners of a shape around (x, y), all of about the same area."""
     if shape == "square":
         half = radius * 0.86
-        return [(x - half, y - half), (x + half, y - half), (x + half, y + half), (x - half, y + half)]
+        return [
+            (x - half, y - half),
+            (x + half, y - half),
+            (x + half, y + half),
+            (x - half, y + half),
+        ]
     if shape == "triangle":
         reach = radius * 1.25
         return [
@@ -113,7 +118,9 @@ def outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float, 
     return _around(x, y, turns, [radius] * len(turns))
 
 
-def _around(x: float, y: float, turns: list[float], reach: list[float]) -> list[tuple[float, float]]:
+def _around(
+    x: float, y: float, turns: list[float], reach: list[float]
+) -> list[tuple[float, float]]:
     return [(x + r * math.cos(a), y + r * math.sin(a)) for a, r in zip(turns, reach, strict=True)]
 
 

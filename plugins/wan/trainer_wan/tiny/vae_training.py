@@ -154,6 +154,16 @@ def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
+def steps_done(state: Path) -> int:
+    """Return the steps that a state file has behind it, 0 where there is none."""
+    from safetensors import safe_open
+
+    if not state.exists():
+        return 0
+    with safe_open(state, framework="pt") as file:
+        return int(file.get_tensor("step"))
+
+
 def train(
     clips: Sequence[Tensor],
     state: Path,
