@@ -1,7 +1,8 @@
 """Tiny random checkpoints in the real diffusers layout, for demos and tests.
 
 ``python -m trainer_wan.testing checkpoint DIR`` writes one that ``WanPipeline.from_pretrained``
-loads. The same arguments give the same bits; the global random state is left as it was.
+loads. The same arguments give the same bits; the global random state is left as it was. Further commands
+deal with the tiny Wan that has learned something, see :mod:`trainer_wan.tiny`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer_wan.flavours import DEFAULT, FLAVOURS, choose
+from trainer_wan.tiny import commands as commands_of_tiny
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -143,10 +145,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     checkpoint.add_argument("--flavour", default=DEFAULT, choices=built)
     checkpoint.add_argument("--layers", type=int, default=4)
     checkpoint.add_argument("--seed", type=int, default=0)
+    commands_of_tiny.add(commands)
     given = parser.parse_args(arguments)
+    from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    if given.command != "checkpoint":
+        given.call(given)
+        return
     folder = write_checkpoint(
         given.folder, flavour=given.flavour, layers=given.layers, seed=given.seed
     )
