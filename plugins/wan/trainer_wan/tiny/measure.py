@@ -1,8 +1,8 @@
 """Says what a clip shows, by plain image arithmetic: no learned judge, no code of the trainer.
 
 Background: the middle value of the outermost pixels. Shape pixels: those far from it in colour. Colour:
-their mean hue, or white where they have none. Direction: the way of their centre from the first frames to the
-last. Shape: the outline of equal area around the same centre that covers them best.
+their mean hue, or white where they have none. Direction: the way of their centre from the first frames
+to the last. Shape: the outline of equal area around the same centre that covers them best.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     Picture = np.ndarray[Any, Any]
 
 FAR = 0.45
-"""A pixel belongs to the shape if its distance from the background is above this share of the largest one."""
+"""A pixel belongs to the shape if its distance from the background is above this share of the largest
+one.
+"""
 LEAST_DISTANCE = 45.0
 """Below this largest distance (of RGB values, 0 to 441) a frame shows nothing."""
 LEAST_WAY = 6.0

@@ -26,8 +26,8 @@ def render(
 ) -> list[np.ndarray[Any, Any]]:
     """Return the frames (17, 64, 64, 3) uint8 of each caption.
 
-    Caption k starts from the noise of seed + k, whatever else is rendered. done: called with the number of
-    clips after each portion.
+    Caption k starts from the noise of seed + k, whatever else is rendered. done: called with the number
+    of clips after each portion.
     """
     import torch
 

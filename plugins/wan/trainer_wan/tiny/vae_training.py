@@ -37,7 +37,9 @@ SMALL_VARIANCE = -8.0
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the training. frames, size: of each excerpt, in frames and pixels; batch: excerpts a step."""
+    """A part of the training. frames, size: of each excerpt, in frames and pixels; batch: excerpts a
+    step.
+    """
 
     steps: int
     frames: int
