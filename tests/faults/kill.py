@@ -39,6 +39,25 @@ SETTINGS: dict[str, Any] = {
     "tiny_layers": 2,
     "compress_disk_cache": True,
 }
+TECHNIQUES: dict[str, dict[str, Any]] = {
+    "tread": {
+        "tread_config": {
+            "routes": [{"selection_ratio": 0.5, "start_layer_idx": 0, "end_layer_idx": 0}]
+        }
+    },
+    "crepa": {
+        "crepa_block_index": 0,
+        "crepa_encoder_image_size": 64,
+        "crepa_scheduler": "cosine",
+        "crepa_similarity_threshold": 0.9,
+    },
+    "scheduled_sampling": {
+        "scheduled_sampling_max_step_offset": 2,
+        "scheduled_sampling_probability": 0.7,
+        "scheduled_sampling_ramp_steps": 4,
+        "scheduled_sampling_sampler": "unipc",
+    },
+}
 MOMENTS = {
     "probing": "a header was read, its row is not yet in the index",
     "encoding": "an encoder is at work",
@@ -130,17 +149,34 @@ def arm(fate: Fate) -> None:
     fate.before(checkpoint, "replace_folder", "renaming")
 
 
-def train_here(folder: Path, output: str, fate: Fate) -> None:
-    """Train in this process; clips lie below ``folder``, all else below ``folder/output``."""
+def techniques(folder: Path, names: Sequence[str]) -> tuple[dict[str, type], dict[str, Any]]:
+    """Return name → class of installed plugins, and the settings that make them act."""
+    from importlib.metadata import entry_points
+
+    found = {point.name: point.load() for point in entry_points(group="trainer.plugins")}
+    settings: dict[str, Any] = {}
+    for name in names:
+        settings |= TECHNIQUES[name]
+    if "crepa" in names:
+        settings["crepa_encoder"] = str(folder / "teacher")
+    return {name: found[name] for name in names}, settings
+
+
+def train_here(folder: Path, output: str, fate: Fate, names: Sequence[str] = ()) -> None:
+    """Train in this process; clips lie below ``folder``, all else below ``folder/output``.
+
+    names: plugins that take part, see :data:`TECHNIQUES`.
+    """
     import torch
 
     from trainer_core.testing.harness import train
 
     torch.set_num_threads(1)
     arm(fate)
-    settings = {**SETTINGS, "cache_dir": str(folder / output / "cache")}
+    plugins, more = techniques(folder, names)
+    settings = {**SETTINGS, **more, "cache_dir": str(folder / output / "cache")}
     settings["output_dir"] = str(folder / output / "run")
-    done = train(folder, plugins={}, settings=settings, output=output, num_held_out=2)
+    done = train(folder, plugins=plugins, settings=settings, output=output, num_held_out=2)
     print("\n".join(done.said))
 
 
@@ -152,6 +188,7 @@ def start(
     output: str,
     kill: Kill = ("", 0),
     signals: Sequence[signal.Signals] = (signal.SIGKILL,),
+    plugins: Sequence[str] = (),
 ) -> subprocess.Popen[str]:
     """Start the training in a process of its own, with its fate."""
     moment, number = kill if kill[0] in MOMENTS else ("", 0)
@@ -165,45 +202,47 @@ def start(
         moment,
         str(int(number)),
         names,
+        ",".join(plugins),
     ]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @dataclass(frozen=True)
 class Unharmed:
-    """A run that nobody killed. passed: how often it passed each moment."""
+    """A run that nobody killed. passed: how often it passed each moment. plugins: that took part."""
 
     left: dict[str, bytes | list[str]]
     passed: dict[str, int]
     seconds: float
+    plugins: tuple[str, ...] = ()
 
 
-def unharmed(folder: Path) -> Unharmed:
+def unharmed(folder: Path, plugins: Sequence[str] = ()) -> Unharmed:
     """Write clips, train to the end, and return what the run left."""
     from trainer_core.testing.harness import write_world
 
     write_world(folder, num_clips=4, num_held_out=2)
     begin = time.monotonic()
-    said = finish(folder, "unharmed")
+    said = finish(folder, "unharmed", plugins)
     passed = json.loads(said.splitlines()[-1])
-    return Unharmed(left(folder / "unharmed"), passed, time.monotonic() - begin)
+    return Unharmed(left(folder / "unharmed"), passed, time.monotonic() - begin, tuple(plugins))
 
 
-def finish(folder: Path, output: str) -> str:
+def finish(folder: Path, output: str, plugins: Sequence[str] = ()) -> str:
     """Train to the end; return the output."""
-    process = start(folder, output)
+    process = start(folder, output, plugins=plugins)
     said, _ = process.communicate()
     if process.returncode:
         raise RuntimeError(f"the run ended with {process.returncode}:\n{said}")
     return said
 
 
-def die(folder: Path, output: str, kill: Kill, *, seconds: float) -> bool:
+def die(folder: Path, output: str, kill: Kill, *, reference: Unharmed) -> bool:
     """Start the training and let it be killed; tell whether it was (it may have ended before)."""
-    process = start(folder, output, kill)
+    process = start(folder, output, kill, plugins=reference.plugins)
     if kill[0] == RANDOM:
         try:
-            process.wait(timeout=kill[1] * seconds)
+            process.wait(timeout=kill[1] * reference.seconds)
         except subprocess.TimeoutExpired:
             process.kill()
     said, _ = process.communicate()
@@ -235,8 +274,8 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 def survives(folder: Path, output: str, kills: Sequence[Kill], reference: Unharmed) -> list[str]:
     """Kill a run at each of ``kills`` in turn, let it end, and return what differs (nothing, we hope)."""
-    num_killed = sum(die(folder, output, kill, seconds=reference.seconds) for kill in kills)
-    finish(folder, output)
+    num_killed = sum(die(folder, output, kill, reference=reference) for kill in kills)
+    finish(folder, output, reference.plugins)
     wrong = differences(left(folder / output), reference.left)
     named = sum(kill[0] != RANDOM for kill in kills)
     return wrong if num_killed >= named else [*wrong, "(a moment was not reached)"]
@@ -256,13 +295,13 @@ def draw(kills: int, seed: int, passed: dict[str, int]) -> list[Kill]:
 @click.command()
 @click.option("--kills", default=20, show_default=True, help="So many runs are killed once each.")
 @click.option("--seed", default=0, show_default=True, help="Decides where.")
-@click.option("--child", nargs=5, hidden=True)
-def main(kills: int, seed: int, child: tuple[str, str, str, str, str] | None) -> None:
+@click.option("--child", nargs=6, hidden=True)
+def main(kills: int, seed: int, child: tuple[str, str, str, str, str, str] | None) -> None:
     """Kill, restart, compare; exit with 1 if anything differs."""
     if child is not None:
-        folder, output, moment, number, names = child
+        folder, output, moment, number, names, plugins = child
         fate = Fate(moment, int(number), [signal.Signals[name] for name in names.split(",")])
-        train_here(Path(folder), output, fate)
+        train_here(Path(folder), output, fate, plugins.split(",") if plugins else ())
         print(json.dumps(fate.passed))
         return
     with tempfile.TemporaryDirectory() as folder:

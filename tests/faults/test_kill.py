@@ -89,6 +89,23 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(folder
     assert kill.differences(kill.left(folder / "shared"), unharmed.left) == []
 
 
+def test_killed_in_the_middle_with_three_techniques_at_work(tmp_path: Path):
+    """TREAD, CREPA with its projector and teacher, scheduled sampling with its ramp."""
+    for name in kill.TECHNIQUES:
+        pytest.importorskip(f"trainer_{name}")
+    testing = pytest.importorskip("trainer_crepa.testing")
+    testing.write_teacher(tmp_path / "teacher")
+    reference = kill.unharmed(tmp_path, tuple(kill.TECHNIQUES))
+    last = "run/checkpoint-7"
+    states = {f"{last}/plugins/{name}.safetensors" for name in ("crepa", "scheduled_sampling")}
+    assert states | {f"{last}/plugin_parameters.safetensors"} <= set(reference.left)
+    events = "\n".join(reference.left["events"])
+    for mark in ("crepa/similarity", "scheduled_sampling/drift"):
+        assert mark in events
+    kills = [("accumulation", 5), ("checkpoint", 4)]
+    assert kill.survives(tmp_path, "killed", kills, reference) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(NUM_KILLS))
 def test_every_kill_of_the_table(folder: Path, unharmed, number: int):
