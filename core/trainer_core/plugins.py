@@ -10,7 +10,7 @@ import pluggy
 from trainer_core import hookspecs
 from trainer_core.answers import checked
 from trainer_core.blame import add_note
-from trainer_core.catalogue import Catalogue, Entry, implementations
+from trainer_core.catalogue import Catalogue, Entry, hook_names, implementations
 from trainer_core.errors import PluginError, TrainerError
 from trainer_core.hooks import Hooks
 from trainer_core.types import PluginInfo
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from trainer_core.settings.load import Resolved
 
 __all__ = ["Catalogue", "Host", "NamedPlugin", "Plugin", "build"]
+
+
+Observer = Callable[[str, str, Callable[..., Any]], Callable[..., Any]]
+"""``observer(plugin, hook, call)`` returns what is called in the place of ``call``."""
 
 
 class Plugin(Protocol):
@@ -97,6 +101,14 @@ class Host:
                 (name, _caller(found[name])) for name in self._everyone if name in found
             )
         return self._called[hook]
+
+    def observe(self, observer: Observer) -> None:
+        """Let an observer wrap what :meth:`calls` returns for the plugins of the run, not core's own."""
+        for hook in hook_names():
+            self._called[hook] = tuple(
+                (name, observer(name, hook, call) if name in self.plugins else call)
+                for name, call in self.calls(hook)
+            )
 
     def implementations(self) -> list[tuple[str, str, Callable[..., Any]]]:
         """Return (plugin, hook, function) of every implementation."""

@@ -28,6 +28,8 @@ class Reporter:
 
     def start_step(self) -> None:
         """Start the clock; what happens between steps (checkpoints, samples) does not count."""
+        coming = self.training.step + 1
+        self.training.costs.on = self._is_due(coming) or coming == self.training.total_steps
         self._mark = time.monotonic()
 
     def end_step(
@@ -39,10 +41,15 @@ class Reporter:
         training.meter.add(training.step, scalars, names)
         self._tokens += sum(num_tokens(training, batch.latents) for batch in group)
         self._steps += 1
-        due = training.step % training.run.settings.log_step_interval == 0
-        rows = training.meter.read() if due or flush else []
-        self._seconds += time.monotonic() - self._mark
+        rows = training.meter.read() if self._is_due(training.step) or flush else []
+        seconds = time.monotonic() - self._mark
+        if training.costs.on:
+            training.costs.step_done(seconds)
+        self._seconds += seconds
         return self._write(rows) if rows else None
+
+    def _is_due(self, step: int) -> bool:
+        return step % self.training.run.settings.log_step_interval == 0
 
     def _write(self, rows: Sequence[Row]) -> str:
         training = self.training
@@ -54,9 +61,10 @@ class Reporter:
         timing = {
             "s_per_step": self._seconds / self._steps,
             "tokens_per_s": self._tokens / max(self._seconds, 1e-9),
-            "peak_bytes": float(peak_bytes(training.run.device)),
+            "peak_bytes": float(max(peak_bytes(training.run.device), training.costs.peak_seen)),
         }
+        scalars = {**timing, **training.costs.scalars()}
         self._seconds, self._steps, self._tokens = 0.0, 0, 0
-        training.events.write("timing", step=last.step, **timing)
-        training.trackers.put(Record("scalars", step=last.step, scalars=timing))
+        training.events.write("timing", step=last.step, **scalars)
+        training.trackers.put(Record("scalars", step=last.step, scalars=scalars))
         return step_note(last.scalars, timing)

@@ -253,6 +253,8 @@ def ended(training: Training) -> int:
     training.events.flush()  # the last loss is still in its buffer
     for name, (first, last) in held_out(current.output_dir / persistence.EVENTS).items():
         say(f"  held-out loss {first:.4f} before, {last:.4f} after ({name})")
+    for line in training.costs.table():
+        say(line)
     say(f"In {current.output_dir}:")
     for line in contents(current.output_dir):
         say(f"  {line}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import field as attribute
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from trainer_core.answers import groups_of
 from trainer_core.capabilities import Model, TokenGrid
+from trainer_core.costs import Costs
 from trainer_core.errors import PluginError
 from trainer_core.types import (
     Batch,
@@ -60,10 +62,16 @@ class Training:
     run_id: str
     data_digest: str
     identity: Identity
+    costs: Costs = attribute(default_factory=Costs)
     step: int = 0
     saved_step: int = 0
     finished: bool = False
     stop: signal.Signals | None = None
+
+    def __post_init__(self) -> None:
+        """Let the costs of plugins be measured."""
+        self.host.observe(self.costs.around)
+        self.routes = [self.costs.route(route) for route in self.routes]
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
