@@ -1,7 +1,8 @@
 """Draws scalars of a run: ``python tests/bench/curves.py EVENTS.jsonl OUT.png --over NAME SCALAR ...``.
 
-``--over step`` draws each scalar over the steps, as a running mean of ``--window`` of them. ``--over`` another
-scalar draws the mean of each scalar at each of its values: drift over the steps of a rollout, say.
+``--over step`` draws each scalar over the steps, as a running mean of ``--window`` of them. ``--over``
+another scalar draws the mean of each scalar at each of its values: drift over the steps of a rollout,
+say.
 """
 
 from __future__ import annotations
