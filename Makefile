@@ -18,10 +18,10 @@ $(STAMP): pyproject.toml constraints.txt $(foreach folder,$(PLUGINS),$(folder)py
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/python -m trainer_core.testing clips datasets/demo --n 8
-	$(BIN)/python -m trainer_core.testing clips datasets/demo-eval --n 2 --seed 1
-	$(BIN)/python -m trainer_wan.testing checkpoint models/tiny-wan
+	$(BIN)/python -m trainer_wan.testing scenes datasets/demo
+	$(BIN)/python -m trainer_wan.testing scenes datasets/demo-eval --n 4 --seed 1000
 	$(BIN)/trainer run --config config/demo/config.json --plugins wan --output_dir $(OUTPUT)
+	$(BIN)/python -m trainer_wan.testing judge $(OUTPUT)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"

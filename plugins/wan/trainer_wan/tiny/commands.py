@@ -15,7 +15,7 @@ def add(commands: Any) -> None:
     pretrain.add_argument("--preset", type=Path, default=Path("config/tiny"))
     scenes = _command(commands, "scenes", "write clips of a new shape with captions", _scenes)
     scenes.add_argument("folder", type=Path)
-    scenes.add_argument("--shape", default="star")
+    scenes.add_argument("--shape", default="bar")
     scenes.add_argument("--n", type=int, default=12)
     scenes.add_argument("--seed", type=int, default=0)
     score = _command(commands, "score", "measure a checkpoint on the held-out captions", _score)

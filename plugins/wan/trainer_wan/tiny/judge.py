@@ -38,7 +38,7 @@ def concept_scenes(shape: str, n: int) -> list[scenes.Scene]:
     ]
 
 
-def judge(output: Path, *, checkpoint: Path = CHECKPOINT, shape: str = "star", n: int = 24) -> None:
+def judge(output: Path, *, checkpoint: Path = CHECKPOINT, shape: str = "bar", n: int = 24) -> None:
     """Render new and old captions without and with the run's LoRA; print, and write both files."""
     from diffusers import WanPipeline
 
@@ -46,7 +46,7 @@ def judge(output: Path, *, checkpoint: Path = CHECKPOINT, shape: str = "star", n
         raise SystemExit(f"{output} holds no {LORA}; name the output folder of a finished run")
     display = Display()
     new, old = concept_scenes(shape, n), scenes.split()[1][:n]
-    pipeline = WanPipeline.from_pretrained(checkpoint)
+    pipeline = WanPipeline.from_pretrained(checkpoint, use_safetensors=True)
     found: dict[str, Any] = {}
     clips: dict[str, list[np.ndarray[Any, Any]]] = {}
     with display.task("render", 4 * n, every=12) as advance:

@@ -71,7 +71,7 @@ def make_untrained(folder: Path) -> None:
 
     from trainer_wan.tiny import parts
 
-    vae = AutoencoderKLWan.from_pretrained(folder / "vae")
+    vae = AutoencoderKLWan.from_pretrained(folder / "vae", use_safetensors=True)
     parts.pipeline(vae, parts.new_transformer()).save_pretrained(folder / "untrained.writing")
     (folder / "untrained.writing").rename(folder / "untrained")
 
@@ -107,11 +107,16 @@ def finish(folder: Path) -> Path:
     from diffusers import WanPipeline
 
     averaged = folder / "run" / "ema" / "pipeline"
-    pipeline = WanPipeline.from_pretrained(averaged)
+    pipeline = WanPipeline.from_pretrained(averaged, use_safetensors=True)
     for part in (pipeline.transformer, pipeline.vae, pipeline.text_encoder):
         part.to(torch.bfloat16)
-    pipeline.save_pretrained(folder / "tiny-wan")
-    return folder / "tiny-wan"
+    shipped = folder / "tiny-wan"
+    pipeline.save_pretrained(shipped)
+    for path in shipped.rglob("*.json"):  # the libraries note where a part was loaded from
+        content = json.loads(path.read_text("utf-8"))
+        if content.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return shipped
 
 
 def score(checkpoint: Path, *, guidance: float) -> str:
@@ -122,11 +127,11 @@ def score(checkpoint: Path, *, guidance: float) -> str:
     from trainer_wan.tiny import measure, render, vae_training
 
     _, held_out = scenes.split()
-    vae = AutoencoderKLWan.from_pretrained(checkpoint / "vae")
+    vae = AutoencoderKLWan.from_pretrained(checkpoint / "vae", use_safetensors=True)
     with tempfile.TemporaryDirectory() as work:
         paths = scenes.write_scenes(Path(work), unseen_scenes())
         decibels = vae_training.psnr(vae, read_clips(paths))
-    pipeline = WanPipeline.from_pretrained(checkpoint)
+    pipeline = WanPipeline.from_pretrained(checkpoint, use_safetensors=True)
     with Display().task("render", len(held_out), every=12) as advance:
         captions = [scene.caption for scene in held_out]
         clips = render.render(pipeline, captions, guidance=guidance, done=advance)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SIZE, FRAMES, FPS = 64, 17, 16.0
 NUM_HELD_OUT = 60
-NEW_SHAPES = ("star",)
+NEW_SHAPES = ("star", "bar")
 """Shapes that pretraining never shows: what a LoRA can teach."""
 SMOOTH = 4
 """Pictures are drawn this much larger and averaged down, so that motion is smooth below a pixel."""
@@ -106,6 +106,14 @@ def outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float, 
         return [
             (x, y - reach), (x + reach * 0.95, y + reach * 0.65), (x - reach * 0.95, y + reach * 0.65),
         ]  # fmt: skip
+    if shape == "bar":  # upright and narrow
+        wide, tall = radius * 0.45, radius * 1.5
+        return [
+            (x - wide, y - tall),
+            (x + wide, y - tall),
+            (x + wide, y + tall),
+            (x - wide, y + tall),
+        ]
     if shape == "star":
         turns = [math.pi * (k / 5 - 0.5) for k in range(10)]
         reach = [radius * (1.35 if k % 2 == 0 else 0.55) for k in range(10)]
