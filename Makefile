@@ -19,6 +19,7 @@ $(STAMP): pyproject.toml constraints.txt $(foreach folder,$(PLUGINS),$(folder)py
 
 demo: $(STAMP)
 	$(BIN)/python -m trainer_wan.testing scenes datasets/demo
+	$(BIN)/python -m trainer_wan.testing scenes datasets/demo-known --shape known --n 36
 	$(BIN)/python -m trainer_wan.testing scenes datasets/demo-eval --n 4 --seed 1000
 	$(BIN)/trainer run --config config/demo/config.json --plugins wan --output_dir $(OUTPUT)
 	$(BIN)/python -m trainer_wan.testing judge $(OUTPUT)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+KNOWN = "known"
+
 
 def add(commands: Any) -> None:
     """Add ``pretrain``, ``scenes``, ``score`` and ``judge``."""
@@ -15,7 +17,7 @@ def add(commands: Any) -> None:
     pretrain.add_argument("--preset", type=Path, default=Path("config/tiny"))
     scenes = _command(commands, "scenes", "write clips of a new shape with captions", _scenes)
     scenes.add_argument("folder", type=Path)
-    scenes.add_argument("--shape", default="bar")
+    scenes.add_argument("--shape", default="bar", help=f"a new one, or {KNOWN}: those it knows")
     scenes.add_argument("--n", type=int, default=12)
     scenes.add_argument("--seed", type=int, default=0)
     score = _command(commands, "score", "measure a checkpoint on the held-out captions", _score)
@@ -43,12 +45,11 @@ def _scenes(given: argparse.Namespace) -> None:
     from trainer_wan.tiny import scenes
     from trainer_wan.tiny.judge import concept_scenes
 
-    chosen = [
-        scenes.varied(scene, given.seed + number)
-        for number, scene in enumerate(concept_scenes(given.shape, given.n))
-    ]
+    known = given.shape == KNOWN
+    wanted = scenes.split()[0][: given.n] if known else concept_scenes(given.shape, given.n)
+    chosen = [scenes.varied(scene, given.seed + number) for number, scene in enumerate(wanted)]
     scenes.write_scenes(given.folder, chosen)
-    print(f"{given.folder}: {given.n} clips of a {given.shape}")
+    print(f"{given.folder}: {len(chosen)} clips of {'shapes it knows' if known else given.shape}")
 
 
 def _score(given: argparse.Namespace) -> None:
