@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -42,6 +42,12 @@ DROP_VAE_ENCODER = Key["bool"]("drop_vae_encoder")
 """True: nobody encodes with the VAE any more, so that a model loads it for decoding alone.
 
 A plugin sets it in ``attach``, when everything is cached; the model's plugin reads it before it renders.
+"""
+
+IMAGE_EMBEDS_OF = Key["tuple[str, ...]"]("image_embeds_of")
+"""Frames of a clip whose image embeddings the model takes: ("first",) or ("first", "last").
+
+A model's plugin sets it in ``describe_model``; the plugin of an image encoder reads it in ``encoders``.
 """
 
 
@@ -109,6 +115,8 @@ class Run:
         self._spec: ModelSpec | None = None
         self._model: Model | None = None
         self._captions: Callable[[str], Mapping[str, Tensor]] | None = None
+        self._pixels: Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]] | None = None
+        self._example: Callable[[], Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -202,6 +210,29 @@ class Run:
         if self._captions is None:
             raise PluginError("captions are encoded only after the caching stage")
         return self._captions(caption)
+
+    def encoded_pixels(self, clip: Tensor, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Return what the run's encoders write under ``names`` for a clip (F, 3, H, W) uint8, unbatched.
+
+        Nothing is cached: each encoder is loaded, asked once, and dropped.
+        """
+        if self._pixels is None:
+            raise PluginError("pixels are encoded only after the caching stage")
+        return self._pixels(clip, names)
+
+    def example_clip(self) -> Tensor:
+        """Return a clip (F, 3, H, W) uint8: the first that is held out, else the first of all."""
+        if self._example is None:
+            raise PluginError("clips are read only after the caching stage")
+        return self._example()
+
+    def set_clips(
+        self,
+        encode: Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]],
+        example: Callable[[], Tensor],
+    ) -> None:
+        """Core's own: tell how pixels are encoded and where an example is read."""
+        self._pixels, self._example = encode, example
 
     def set_captions(self, read: Callable[[str], Mapping[str, Tensor]]) -> None:
         """Core's own: tell where encoded captions are read."""

@@ -36,6 +36,8 @@ class PluginInfo:
     after: names or roles whose wrappers and chained results it comes after (it lies outside them).
     exposes: for a model plugin, the capabilities its model will have, so that ``trainer check`` can
         answer without weights.
+    serves: ``"key=value"`` settings of others that need it too, such as
+        ``"model_flavour=i2v-14b-2.1"``: it joins every run that has one of them.
     """
 
     api: int = API_VERSION
@@ -48,6 +50,7 @@ class PluginInfo:
     conflicts: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     exposes: tuple[type, ...] = ()
+    serves: tuple[str, ...] = ()
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -77,6 +80,7 @@ class ModelSpec:
     experts: trained roles with their noise ranges, at least one.
     sentence: what is trained, in one sentence for the user.
     num_blocks: blocks of the smallest expert, None where that is not known without the weights.
+    needs: names of tensors that encoders must write beside ``latents``, with who has such an encoder.
     """
 
     name: str
@@ -88,6 +92,7 @@ class ModelSpec:
     sizes: tuple[tuple[int, int], ...] = ()
     sentence: str = ""
     num_blocks: int | None = None
+    needs: Mapping[str, str] = field(default_factory=dict)
 
     def snap_frames(self, frames: int) -> int:
         """Return the largest legal clip length that is not above ``frames`` (0 if there is none)."""
@@ -140,7 +145,9 @@ class Encoder:
     writes: the tensors of one sample. identity: JSON-able facts that decide the output bit by bit:
     weights digest, settings, dtype; called once before loading; it becomes part of the cache key.
     load: puts the network on ``run.device`` and returns it; core drops it after the last sample.
-    batch_size: samples per ``encode_batch`` call; groups are fixed by the plan.
+    batch_size: samples per ``encode_batch`` call; groups are fixed by the plan. keep: where outputs of
+    pixels are kept: "clips", a dataset's ``cache_dir_vae``, or "image_embeds", the place that its
+    ``conditioning_image_embeds`` names.
     """
 
     name: str
@@ -149,6 +156,7 @@ class Encoder:
     identity: Callable[[], Mapping[str, Any]]
     load: Callable[[], Any]
     batch_size: int = 1
+    keep: Literal["clips", "image_embeds"] = "clips"
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,8 @@ def write_pipeline(folder: Path, *, weights: Weights, trained: dict[str, Any]) -
     for name, value in index.items():
         if name in trained or not isinstance(value, list) or value[0] is None:
             continue
-        source = weights.component(name) if name.startswith("transformer") else base / name
+        taken = name.startswith("transformer") or name == "vae"  # may come from elsewhere
+        source = weights.component(name) if taken else base / name
         ignore = shutil.ignore_patterns("*.bin", "*.pt", "*.pth", "*.ckpt")
         shutil.copytree(source, folder / name, dirs_exist_ok=True, ignore=ignore)
     write_json(folder / "model_index.json", index)
