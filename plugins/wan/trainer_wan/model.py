@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trainer_core.blocks import BlockStack
 from trainer_core.errors import ModelError
 from trainer_core.types import BlockFlops, ForwardPlan, ModelInputs, ModelSpec, Placement, TapResult
+from trainer_wan.names import AuthorsNames
 from trainer_wan.network import WanNetwork
 
 if TYPE_CHECKING:
@@ -21,8 +22,9 @@ TEXT_TOKENS = 512
 """Length that captions are padded to, as the model was trained."""
 
 
-class WanModel:
-    """What ``load_model`` returns; satisfies Model, Blocks, TokenGrid, CountedBlocks and SamplingGrid.
+class WanModel(AuthorsNames):
+    """What ``load_model`` returns; satisfies Model, Blocks, TokenGrid, CountedBlocks, SamplingGrid and
+    NativeNames.
 
     modules: role → ``WanTransformer3DModel``. networks: role → :class:`WanNetwork` over it; core
     may replace an entry by its wrapper. scheduler: the config of the scheduler that samples are drawn
