@@ -20,6 +20,7 @@ from trainer_core.types import (
     Encoder,
     EncoderSample,
     Expert,
+    Exported,
     ForwardPlan,
     LoadedEncoder,
     LossTerm,
@@ -42,7 +43,7 @@ __all__ = [
     "API_VERSION", "PluginInfo", "PluginSettings", "key", "hookimpl", "Run", "Key", "FORCE_KEEP",
     "DROP_VAE_ENCODER",
     # what hooks take and return
-    "Artifact", "Batch", "EncodedTensor", "Encoder", "EncoderSample", "Expert", "ForwardPlan",
+    "Artifact", "Batch", "EncodedTensor", "Encoder", "EncoderSample", "Expert", "Exported", "ForwardPlan",
     "LoadedEncoder", "LossTerm", "ModelInputs", "ModelSpec", "Moment", "ParameterGroup", "Placement",
     "Prompt", "Record", "Residency", "Route", "StepOutput", "TapResult",
     # errors

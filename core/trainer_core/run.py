@@ -85,7 +85,8 @@ class Run:
     are captured. most_tokens: video tokens of the largest clip to train on, 0 until the data is
     planned. clip_shapes: (frames, height, width) in pixels → number of clips in the plan, held-out ones
     included. idle_encoders: names of encoders whose outputs are not read any more; a plugin that is done
-    with its own adds it, and batches read from then on come without.
+    with its own adds it, and batches read from then on come without. trained_steps: optimiser steps that
+    weights about to be written have seen. settings_digest: of the keys that a resume may not change.
     """
 
     def __init__(
@@ -109,6 +110,8 @@ class Run:
         self.taps: set[int] = set()
         self.most_tokens = 0
         self.clip_shapes: Mapping[tuple[int, int, int], int] = {}
+        self.trained_steps = 0
+        self.settings_digest = ""
         self.idle_encoders: set[str] = set()
         self._notify = notify
         self._said: set[str] = set()

@@ -29,7 +29,7 @@ from trainer_core.data.single import encode_clip, example
 from trainer_core.distributed import placement, world
 from trainer_core.errors import ConfigError, PluginError, Problem, TrainerError
 from trainer_core.faults import told
-from trainer_core.files import blocked
+from trainer_core.files import blocked, digest_json
 from trainer_core.flow import shares_sentence
 from trainer_core.optim import check_arguments, schedule_sentence
 from trainer_core.persistence import Identity
@@ -140,6 +140,7 @@ def prepare(resolved: Resolved, host: Host) -> Session:
         resolved=resolved.resolved(),
         write=lambda folder: write_settings(resolved, folder),
     )
+    current.settings_digest = digest_json(identity.fixed)
     return Session(current, host, display, plan, identity)
 
 

@@ -304,6 +304,19 @@ class ParameterGroup:
     learning_rate: float | None = None
 
 
+@dataclass(frozen=True)
+class Exported:
+    """A file for another program that was written, read back and compared.
+
+    error: largest difference of a layer's weight change, relative to that change. reader: what read it.
+    """
+
+    path: Path
+    num_layers: int
+    error: float
+    reader: str
+
+
 # --- what a run shows -----------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer_core.capabilities import Blocks, CountedBlocks, SamplingGrid, TokenGrid
+from trainer_core.capabilities import Blocks, CountedBlocks, NativeNames, SamplingGrid, TokenGrid
 from trainer_core.files import digest_json, replace_folder
 from trainer_core.hookspecs import hookimpl
 from trainer_core.run import IMAGE_EMBEDS_OF
@@ -48,7 +48,7 @@ class Wan:
         provides=("model",),
         values=("model_family=wan",),
         requires=("umt5",),
-        exposes=(Blocks, TokenGrid, CountedBlocks, SamplingGrid),
+        exposes=(Blocks, TokenGrid, CountedBlocks, SamplingGrid, NativeNames),
     )
 
     def __init__(self, settings: WanSettings | None = None) -> None:

@@ -20,6 +20,7 @@ from trainer_core.types import (
     TapResult,
 )
 from trainer_wan.loading import FLAG, load_transformer
+from trainer_wan.names import AuthorsNames
 from trainer_wan.network import WanNetwork
 from trainer_wan.weights import TransformerFiles
 
@@ -35,8 +36,9 @@ TEXT_TOKENS = 512
 """Length that captions are padded to, as the model was trained."""
 
 
-class WanModel:
-    """What ``load_model`` returns; satisfies Model, Blocks, TokenGrid, CountedBlocks and SamplingGrid.
+class WanModel(AuthorsNames):
+    """What ``load_model`` returns; satisfies Model, Blocks, TokenGrid, CountedBlocks, SamplingGrid and
+    NativeNames.
 
     modules: role → ``WanTransformer3DModel``. networks: role → :class:`WanNetwork` over it; core
     may replace an entry by its wrapper. scheduler: the config of the scheduler that samples are drawn
