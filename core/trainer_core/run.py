@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from trainer_core import rng
 from trainer_core.errors import PluginError
 from trainer_core.files import RememberedDigests
-from trainer_core.types import ForwardPlan, ModelInputs, ModelSpec, Moment, Placement, Prompt
+from trainer_core.types import (
+    EncoderQuantiser,
+    ForwardPlan,
+    ModelInputs,
+    ModelSpec,
+    Moment,
+    Placement,
+    Prompt,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +50,13 @@ DROP_VAE_ENCODER = Key["bool"]("drop_vae_encoder")
 """True: nobody encodes with the VAE any more, so that a model loads it for decoding alone.
 
 A plugin sets it in ``attach``, when everything is cached; the model's plugin reads it before it renders.
+"""
+
+QUANTISE_ENCODER = Key[EncoderQuantiser | None]("quantise_encoder")
+"""How ``text_encoder_1_precision`` stores the weights of a text encoder; nobody sets it for no_change.
+
+The quantiser's plugin sets it in ``check``; the encoder's plugin declares ``Encoder.quantised``, loads
+its network on the CPU where it is set, and lets it be applied.
 """
 
 

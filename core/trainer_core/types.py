@@ -114,11 +114,28 @@ class BlockFlops:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and in which dtype ``load_model`` puts frozen weights and trained ones."""
+    """Where and in which dtype ``load_model`` puts frozen weights and trained ones.
+
+    dtype: of frozen weights and of products. trained_dtype: of trained weights. blocks: where the
+    frozen weights of the blocks are left, for who moves them to the device; None: on the device.
+    stored_dtype: of frozen weights, where it is not that of products.
+    """
 
     device: torch.device
     dtype: torch.dtype
     trained_dtype: torch.dtype
+    blocks: torch.device | None = None
+    stored_dtype: torch.dtype | None = None
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Dtype in which frozen weights are loaded."""
+        return self.stored_dtype or self.dtype
+
+    @property
+    def blocks_device(self) -> torch.device:
+        """Where the frozen weights of the blocks are loaded to."""
+        return self.blocks or self.device
 
 
 # --- encoding -------------------------------------------------------------------------------------
@@ -140,7 +157,8 @@ class Encoder:
     writes: the tensors of one sample. identity: JSON-able facts that decide the output bit by bit:
     weights digest, settings, dtype; called once before loading; it becomes part of the cache key.
     load: puts the network on ``run.device`` and returns it; core drops it after the last sample.
-    batch_size: samples per ``encode_batch`` call; groups are fixed by the plan.
+    batch_size: samples per ``encode_batch`` call; groups are fixed by the plan. quantised: its weights
+    are stored as ``text_encoder_1_precision`` says (see ``trainer_core.QUANTISE_ENCODER``).
     """
 
     name: str
@@ -149,6 +167,18 @@ class Encoder:
     identity: Callable[[], Mapping[str, Any]]
     load: Callable[[], Any]
     batch_size: int = 1
+    quantised: bool = False
+
+
+@dataclass(frozen=True)
+class EncoderQuantiser:
+    """How a text encoder's weights are stored. identity: JSON-able facts for the encoder's identity.
+
+    apply: takes the network on the CPU and returns it on ``run.device``, its linear layers stored so.
+    """
+
+    identity: Mapping[str, Any]
+    apply: Callable[[nn.Module], nn.Module]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ initialisation that never touches the global random state.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -120,7 +121,9 @@ def inject(
 
     # peft draws an initialisation that is thrown away; the forks keep it from the global state.
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        # of merging into quantised weights, which is never done
+        warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")
         inject_adapter_in_model(LoraConfig(**shape.peft_config()), module, adapter_name=ADAPTER)
     for name, layer in adapted(module):
         a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]

@@ -97,7 +97,7 @@ def load(
     """Return the model of a transformer's folder, on ``placement.device``.
 
     train_all: every weight is trained, in ``placement.trained_dtype``, mode train. Otherwise all
-    are frozen, in ``placement.dtype`` (what diffusers keeps in float32 stays so), mode eval.
+    are frozen, in ``placement.frozen_dtype`` (what diffusers keeps in float32 stays so), mode eval.
     Raises ModelError where the file's tensors are not exactly the model's.
     """
     from diffusers import WanTransformer3DModel
@@ -105,7 +105,7 @@ def load(
     with torch.random.fork_rng(devices=[]):  # building layers draws, loading then overwrites
         transformer, report = WanTransformer3DModel.from_pretrained(
             folder,
-            dtype=placement.trained_dtype if train_all else placement.dtype,
+            dtype=placement.trained_dtype if train_all else placement.frozen_dtype,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
@@ -116,10 +116,21 @@ def load(
                 f"the weights in {folder} do not fit their config.json: {kind.replace('_', ' ')} "
                 f"{names[0]} and {len(names) - 1} more. Fetch the model again."
             )
-    transformer.to(placement.device)
+    _place(transformer, placement.device, blocks=placement.blocks_device)
     transformer.requires_grad_(train_all)
     transformer.train(train_all)
     network = WanNetwork(transformer, dtype=placement.dtype)
     network.train(train_all)
     network.stack.policy = "full" if checkpointing else "none"
     return WanModel(spec, {spec.experts[0].role: network}, scheduler=scheduler)
+
+
+def _place(transformer: nn.Module, device: torch.device, *, blocks: torch.device) -> None:
+    """Move a transformer to its device, and its blocks to theirs."""
+    if blocks == device:
+        transformer.to(device)
+        return
+    for name, child in transformer.named_children():
+        child.to(blocks if name == "blocks" else device)
+    for parameter in transformer.parameters(recurse=False):
+        parameter.data = parameter.data.to(device)
