@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from trainer_core import rng
 from trainer_core.errors import PluginError
 from trainer_core.files import RememberedDigests
-from trainer_core.types import ForwardPlan, ModelInputs, ModelSpec, Moment, Placement, Prompt
+from trainer_core.types import (
+    EncoderQuantiser,
+    ForwardPlan,
+    ModelInputs,
+    ModelSpec,
+    Moment,
+    Placement,
+    Prompt,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +56,13 @@ IMAGE_EMBEDS_OF = Key["tuple[str, ...]"]("image_embeds_of")
 """Frames of a clip whose image embeddings the model takes: ("first",) or ("first", "last").
 
 A model's plugin sets it in ``describe_model``; the plugin of an image encoder reads it in ``encoders``.
+"""
+
+QUANTISE_ENCODER = Key[EncoderQuantiser | None]("quantise_encoder")
+"""How ``text_encoder_1_precision`` stores the weights of a text encoder; nobody sets it for no_change.
+
+The quantiser's plugin sets it in ``check``; the encoder's plugin declares ``Encoder.quantised``, loads
+its network on the CPU where it is set, and lets it be applied.
 """
 
 

@@ -170,6 +170,11 @@ def collect_encoders(current: Run, host: Host) -> list[Encoder]:
                     )
                 writers[output] = name
             encoders.append(encoder)
+    precision = current.settings.text_encoder_1_precision
+    if precision != "no_change" and not any(encoder.quantised for encoder in encoders):
+        text = "no text encoder of this run can be stored so."
+        problem = Problem("text_encoder_1_precision", text, precision, way_out="Write no_change.")
+        raise ConfigError([problem])
     if "latents" not in writers:
         raise PluginError(
             'no encoder of this run writes "latents"; the model\'s plugin must have one'

@@ -119,11 +119,28 @@ class BlockFlops:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and in which dtype ``load_model`` puts frozen weights and trained ones."""
+    """Where and in which dtype ``load_model`` puts frozen weights and trained ones.
+
+    dtype: of frozen weights and of products. trained_dtype: of trained weights. blocks: where the
+    frozen weights of the blocks are left, for who moves them to the device; None: on the device.
+    stored_dtype: of frozen weights, where it is not that of products.
+    """
 
     device: torch.device
     dtype: torch.dtype
     trained_dtype: torch.dtype
+    blocks: torch.device | None = None
+    stored_dtype: torch.dtype | None = None
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Dtype in which frozen weights are loaded."""
+        return self.stored_dtype or self.dtype
+
+    @property
+    def blocks_device(self) -> torch.device:
+        """Where the frozen weights of the blocks are loaded to."""
+        return self.blocks or self.device
 
 
 # --- encoding -------------------------------------------------------------------------------------
@@ -148,6 +165,8 @@ class Encoder:
     batch_size: samples per ``encode_batch`` call; groups are fixed by the plan. keep: where outputs of
     pixels are kept: "clips", a dataset's ``cache_dir_vae``, or "image_embeds", the place that its
     ``conditioning_image_embeds`` names.
+    quantised: its weights are stored as ``text_encoder_1_precision`` says (see
+    ``trainer_core.QUANTISE_ENCODER``).
     """
 
     name: str
@@ -157,6 +176,18 @@ class Encoder:
     load: Callable[[], Any]
     batch_size: int = 1
     keep: Literal["clips", "image_embeds"] = "clips"
+    quantised: bool = False
+
+
+@dataclass(frozen=True)
+class EncoderQuantiser:
+    """How a text encoder's weights are stored. identity: JSON-able facts for the encoder's identity.
+
+    apply: takes the network on the CPU and returns it on ``run.device``, its linear layers stored so.
+    """
+
+    identity: Mapping[str, Any]
+    apply: Callable[[nn.Module], nn.Module]
 
 
 @dataclass(frozen=True)
