@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainer_core.capabilities import Model
+    from trainer_core.planner.sketch import Sketch
     from trainer_core.settings.core import CoreSettings
 
 T = TypeVar("T")
@@ -102,6 +103,8 @@ class Run:
     included. idle_encoders: names of encoders whose outputs are not read any more; a plugin that is done
     with its own adds it, and batches read from then on come without. trained_steps: optimiser steps that
     weights about to be written have seen. settings_digest: of the keys that a resume may not change.
+    sketch: while ``trainer plan`` rehearses the run, what networks without contents are built with; None
+    in a real run.
     """
 
     def __init__(
@@ -128,6 +131,7 @@ class Run:
         self.trained_steps = 0
         self.settings_digest = ""
         self.idle_encoders: set[str] = set()
+        self.sketch: Sketch | None = None
         self._notify = notify
         self._said: set[str] = set()
         self._spec: ModelSpec | None = None

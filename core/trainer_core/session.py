@@ -98,9 +98,9 @@ def data(resolved: Resolved, host: Host) -> int:
     return 0
 
 
-def prepare(resolved: Resolved, host: Host) -> Session:
+def prepare(resolved: Resolved, host: Host, *, display: Display | None = None) -> Session:
     """Describe the model and plan the data, before anything heavy is loaded."""
-    display = Display()
+    display = display or Display()
     for choice in resolved.choices:
         display.say(f"plugin {choice.name}: {choice.why}")
     for notice in (*resolved.unused, *idle_keys(resolved.core, resolved.origins)):

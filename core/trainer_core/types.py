@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from torch import Tensor, nn
 
+    from trainer_core.planner.sketch import Sketch
+
 API_VERSION = 1
 """Number of the plugin interface. It changes only when a hook or a type changes incompatibly."""
 
@@ -167,6 +169,8 @@ class Encoder:
     ``conditioning_image_embeds`` names.
     quantised: its weights are stored as ``text_encoder_1_precision`` says (see
     ``trainer_core.QUANTISE_ENCODER``).
+    sketch: for ``trainer plan``: returns the network without contents, of its full size, without reading
+        weights; ``encode_batch`` gets it with samples without contents. None: nothing is told.
     """
 
     name: str
@@ -177,6 +181,7 @@ class Encoder:
     batch_size: int = 1
     keep: Literal["clips", "image_embeds"] = "clips"
     quantised: bool = False
+    sketch: Callable[[Sketch], Any] | None = None
 
 
 @dataclass(frozen=True)

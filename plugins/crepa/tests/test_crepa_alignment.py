@@ -205,4 +205,6 @@ def test_a_coarser_grid_averages():
     y = torch.zeros(1, 8, 8, 1)
     y[:, :, ::4] = 1
     coarse = on_grid(y, 2, 2)
-    assert torch.allclose(coarse, torch.full_like(coarse, 0.25), atol=0.1), "a place between two samples would be 0"
+    assert torch.allclose(coarse, torch.full_like(coarse, 0.25), atol=0.1), (
+        "a place between two samples would be 0"
+    )

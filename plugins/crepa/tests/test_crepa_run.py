@@ -47,7 +47,6 @@ class Watched(Crepa):
             )
         return term
 
-
     def _again(self, run, batch, output):
         """Return the term from what this micro-batch's own tokens are compared with."""
         if self._tap is None:
@@ -57,9 +56,7 @@ class Watched(Crepa):
         with torch.no_grad():
             projected = self._projector(tap.tokens)
         weights = alignment.neighbours(1, self.settings.crepa_temporal_decay, cumulative=False)
-        found = alignment.score(
-            projected, alignment.on_grid(features, *grid), weights, ids=tap.ids
-        )
+        found = alignment.score(projected, alignment.on_grid(features, *grid), weights, ids=tap.ids)
         return -self.settings.crepa_weight * found.value
 
 
