@@ -15,7 +15,7 @@ from trainer_core.data import CachedData, Loader
 from trainer_core.errors import PluginError
 from trainer_core.flow import SigmaSampler, draw_inputs
 from trainer_core.metrics import Meter
-from trainer_core.optim import clip_gradients, learning_rate
+from trainer_core.optim import clip_gradients, learning_rate, update
 from trainer_core.phases import phase, residency
 from trainer_core.plugins import Host
 from trainer_core.progress import Display
@@ -115,7 +115,7 @@ def train_step(training: Training, batches: Sequence[Batch]) -> dict[str, Any]:
             rate = learning_rate(step, settings=settings, base=base, total=training.total_steps)
             group["lr"] = rate
         scalars["lr"] = training.optimizer.param_groups[0]["lr"]
-        training.optimizer.step()
+        update(training.optimizer)
         if training.ema is not None:
             training.ema.update(step)
         training.optimizer.zero_grad(set_to_none=True)

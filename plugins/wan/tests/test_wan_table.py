@@ -33,6 +33,7 @@ KEYS = {
     "validation_guidance": 1.0,
     "disable_benchmark": True,
     "use_ema": True,
+    "eval_timesteps": 1,
     "learning_rate": 0.01,
 }
 FILES = {
@@ -70,7 +71,7 @@ def finished(folder, made, checkpoints, flavour) -> Finished:
     if flavour.name not in made:
         keys, named = keys_of(flavour, checkpoints), ["wan", "lora"]
         made[flavour.name] = train(
-            folder, plugins=PLUGINS, named=named, settings=keys, output=flavour.name
+            folder, plugins=PLUGINS, named=named, settings=keys, output=flavour.name, num_held_out=1
         )
     return made[flavour.name]
 
@@ -90,6 +91,8 @@ def test_it_trains_in_its_range_and_renders(finished: Finished, flavour: Flavour
     (rendered,) = [event for event in finished.events if event["kind"] == "validation"]
     assert rendered["step"] == STEPS
     assert rendered["files"] == ["contact_sheet", "validation", "validation-ema"]
+    measured = [event["eval/eval"] for event in finished.events if event["kind"] == "eval"]
+    assert len(set(measured)) == 2, "before and after training"
     assert ("clip" in finished.host.plugins) == flavour.uses_clip
     assert sorted(finished.weights()) == sorted(
         [*(FILES[r] for r in flavour.roles), *(f"ema/{FILES[r]}" for r in flavour.roles)]
@@ -101,7 +104,7 @@ def test_interrupted_it_ends_with_the_same_bits(folder, checkpoints, finished, f
     for crash in (4, None):
         done = attempt(
             folder, plugins=PLUGINS, named=["wan", "lora"], settings=keys,
-            output=f"{flavour.name}-again", crash_at=crash,
+            output=f"{flavour.name}-again", crash_at=crash, num_held_out=1,
         )  # fmt: skip
         assert crash is None or isinstance(done.error, Interrupted)
     if done.error is not None:

@@ -94,7 +94,7 @@ def check_vae(flavour: Flavour, config: Mapping[str, Any], weights: Weights) -> 
     )
 
 
-def check_keys(flavour: Flavour, settings: WanSettings) -> None:
+def check_keys(flavour: Flavour, settings: WanSettings, *, model_type: str) -> None:
     """Raise ConfigError for keys that would have no effect with the flavour; all at once."""
     problems = []
 
@@ -107,6 +107,13 @@ def check_keys(flavour: Flavour, settings: WanSettings) -> None:
         no_effect("wan_validation_load_other_stage", "the model has one expert")
     if settings.wan_validation_load_other_stage and flavour.stage == "both":
         no_effect("wan_validation_load_other_stage", "both experts are loaded as it is")
+    if settings.wan_one_expert_resident and model_type == "full":
+        no_effect(
+            "wan_one_expert_resident", "model_type full trains all weights, which have to stay"
+        )
+    two = flavour.stage == "both" or settings.wan_validation_load_other_stage
+    if settings.wan_one_expert_resident and not two:
+        no_effect("wan_one_expert_resident", "one expert is loaded as it is")
     if settings.wan_first_frame_probability and flavour.task != "ti2v":
         no_effect("wan_first_frame_probability", "it is for ti2v-5b-2.2")
     if settings.wan_validation_image and not _begins_from_an_image(flavour, settings):

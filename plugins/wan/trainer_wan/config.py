@@ -33,6 +33,13 @@ class WanSettings(PluginSettings):
         "the trained one draws them alone.",
         free=True,
     )
+    wan_one_expert_resident: bool = key(
+        False,
+        "Keep one of two experts at a time on the accelerator, the other in host memory: half the "
+        "memory of frozen weights, for a transfer of one expert each way at every change.",
+        menu="Training → Memory Optimisation",
+        free=True,
+    )
     wan_validation_image: str | None = key(
         None,
         "Image that samples of an image-to-video model begin from; without it the first frame of a "

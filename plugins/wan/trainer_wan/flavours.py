@@ -158,7 +158,12 @@ def _family() -> dict[str, Flavour]:
             WAN_14B,
         ),
         Flavour(
-            "i2v-14b-2.1", "Wan 2.1 I2V 14B 480p", i2v.format("480P"), WAN_14B_I2V_CLIP, task="i2v"
+            "i2v-14b-2.1",
+            "Wan 2.1 I2V 14B 480p",
+            i2v.format("480P"),
+            WAN_14B_I2V_CLIP,
+            task="i2v",
+            sizes=SIZES_480P,
         ),
         Flavour(
             "i2v-14b-2.1-720p",
@@ -166,6 +171,7 @@ def _family() -> dict[str, Flavour]:
             i2v.format("720P"),
             WAN_14B_I2V_CLIP,
             task="i2v",
+            sizes=SIZES_720P,
         ),
         Flavour(
             "flf2v-14b-2.1",
@@ -173,6 +179,7 @@ def _family() -> dict[str, Flavour]:
             "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers",
             WAN_14B_FLF2V,
             task="flf2v",
+            sizes=SIZES_720P,
         ),
         *_a14b("i2v", WAN_14B_I2V, 0.9),
         *_a14b("t2v", WAN_14B, 0.875),

@@ -61,7 +61,7 @@ class Wan:
     def describe_model(self, run: Run) -> ModelSpec:
         """Return the flavour's facts; a folder's or known repository's weights are checked here."""
         flavour = choose(run.settings.model_flavour)
-        check_keys(flavour, self.settings)
+        check_keys(flavour, self.settings, model_type=run.settings.model_type)
         weights = self._locate(run)
         check_names(flavour, weights)
         boundary = num_blocks = None
@@ -156,6 +156,21 @@ class Wan:
         generator = run.generator("wan/first_frame", moment=moment)
         drawn = torch.rand(num_samples, generator=generator)
         return drawn < self.settings.wan_first_frame_probability
+
+    def attach(self, run: Run) -> None:
+        """Lay one of two experts to rest, now that adapters are in; say what images teach."""
+        model: Any = run.model
+        if self.settings.wan_one_expert_resident and len(model.modules) > 1:
+            from trainer_wan.resting import Resting
+
+            networks = {role: model.bare(role) for role in model.modules}
+            Resting(networks, device=run.device)
+        flavour = choose(run.settings.model_flavour)
+        if flavour.given_frames and any(shape[0] == 1 for shape in run.clip_shapes):
+            run.say_once(
+                f"clips of one frame: {run.spec.name} is given that very frame, so that they teach it "
+                "little; videos or a text-to-video flavour teach more"
+            )
 
     @hookimpl
     def save_weights(self, run: Run, folder: Path, final: bool) -> Sequence[str] | None:

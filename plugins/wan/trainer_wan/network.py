@@ -6,7 +6,7 @@ is the same; what is added are routes, taps, checkpointing and residency of core
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ class WanNetwork(nn.Module):
     transformer: the weights as diffusers knows them, adapters and quantised layers included.
     dtype: of the products; bfloat16 runs under autocast, so that float32 adapters and norms may
     stand beside bfloat16 weights; float32 runs without. token_wise: a timestep for each token, as the
-    model was trained; without it only where the tokens of a clip differ.
+    model was trained; without it only where the tokens of a clip differ. before_forward: called first.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class WanNetwork(nn.Module):
         self.transformer = transformer
         self.dtype = dtype
         self.token_wise = token_wise
+        self.before_forward: Callable[[], None] | None = None
         self.stack = BlockStack(transformer.blocks)
 
     def forward(
@@ -102,6 +103,8 @@ class WanNetwork(nn.Module):
         first_frame: see :meth:`forward`. given: (B,) bool, the samples that have ``first_frame``.
         """
         plan = plan or ForwardPlan()
+        if self.before_forward is not None:
+            self.before_forward()
         if t.ndim == 1 and (self.token_wise or given is not None):
             noisy = noise_mask(x_t, given)
             if first_frame is not None:

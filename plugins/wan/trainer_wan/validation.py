@@ -17,6 +17,7 @@ from trainer_wan.experts import other
 from trainer_wan.flavours import Flavour
 from trainer_wan.loading import load_transformer
 from trainer_wan.model import network_of
+from trainer_wan.resting import Resting
 from trainer_wan.sampling import Given, Sampling, sample_latents, settle
 
 if TYPE_CHECKING:
@@ -83,9 +84,15 @@ def _networks(
         files = weights.transformer(role, own=False)
         transformer, _ = load_transformer(files, dtype=run.placement.dtype)
         networks[role] = network_of(transformer, placement=run.placement)
+    resting = None
+    if settings.wan_one_expert_resident and len(flavour.roles) == 1:
+        resting = Resting(networks, device=run.device)
     try:
         yield networks
     finally:
+        if resting is not None:
+            resting.wake(flavour.roles[0])
+            resting.end()
         networks.clear()  # the other expert's memory ends here
 
 
