@@ -9,13 +9,22 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from trainer_core import rng
 from trainer_core.errors import PluginError
 from trainer_core.files import RememberedDigests
-from trainer_core.types import ForwardPlan, ModelInputs, ModelSpec, Moment, Placement, Prompt
+from trainer_core.types import (
+    EncoderQuantiser,
+    ForwardPlan,
+    ModelInputs,
+    ModelSpec,
+    Moment,
+    Placement,
+    Prompt,
+)
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from trainer_core.capabilities import Model
+    from trainer_core.planner.sketch import Sketch
     from trainer_core.settings.core import CoreSettings
 
 T = TypeVar("T")
@@ -48,6 +57,13 @@ IMAGE_EMBEDS_OF = Key["tuple[str, ...]"]("image_embeds_of")
 """Frames of a clip whose image embeddings the model takes: ("first",) or ("first", "last").
 
 A model's plugin sets it in ``describe_model``; the plugin of an image encoder reads it in ``encoders``.
+"""
+
+QUANTISE_ENCODER = Key[EncoderQuantiser | None]("quantise_encoder")
+"""How ``text_encoder_1_precision`` stores the weights of a text encoder; nobody sets it for no_change.
+
+The quantiser's plugin sets it in ``check``; the encoder's plugin declares ``Encoder.quantised``, loads
+its network on the CPU where it is set, and lets it be applied.
 """
 
 
@@ -85,7 +101,10 @@ class Run:
     are captured. most_tokens: video tokens of the largest clip to train on, 0 until the data is
     planned. clip_shapes: (frames, height, width) in pixels → number of clips in the plan, held-out ones
     included. idle_encoders: names of encoders whose outputs are not read any more; a plugin that is done
-    with its own adds it, and batches read from then on come without.
+    with its own adds it, and batches read from then on come without. trained_steps: optimiser steps that
+    weights about to be written have seen. settings_digest: of the keys that a resume may not change.
+    sketch: while ``trainer plan`` rehearses the run, what networks without contents are built with; None
+    in a real run.
     """
 
     def __init__(
@@ -109,7 +128,10 @@ class Run:
         self.taps: set[int] = set()
         self.most_tokens = 0
         self.clip_shapes: Mapping[tuple[int, int, int], int] = {}
+        self.trained_steps = 0
+        self.settings_digest = ""
         self.idle_encoders: set[str] = set()
+        self.sketch: Sketch | None = None
         self._notify = notify
         self._said: set[str] = set()
         self._spec: ModelSpec | None = None

@@ -21,6 +21,7 @@ SELECTORS = {
     "model_family": (None,),
     "lora_type": (None,),
     "base_model_precision": (None, "no_change"),
+    "text_encoder_1_precision": (None, "no_change"),
     "optimizer": (None, *BUILTIN_OPTIMIZERS),
     "report_to": (None, "none"),
 }

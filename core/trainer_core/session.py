@@ -29,7 +29,7 @@ from trainer_core.data.single import encode_clip, example
 from trainer_core.distributed import placement, world
 from trainer_core.errors import ConfigError, PluginError, Problem, TrainerError
 from trainer_core.faults import told
-from trainer_core.files import blocked
+from trainer_core.files import blocked, digest_json
 from trainer_core.flow import shares_sentence
 from trainer_core.optim import check_arguments, schedule_sentence
 from trainer_core.persistence import Identity
@@ -98,9 +98,9 @@ def data(resolved: Resolved, host: Host) -> int:
     return 0
 
 
-def prepare(resolved: Resolved, host: Host) -> Session:
+def prepare(resolved: Resolved, host: Host, *, display: Display | None = None) -> Session:
     """Describe the model and plan the data, before anything heavy is loaded."""
-    display = Display()
+    display = display or Display()
     for choice in resolved.choices:
         display.say(f"plugin {choice.name}: {choice.why}")
     for notice in (*resolved.unused, *idle_keys(resolved.core, resolved.origins)):
@@ -140,6 +140,7 @@ def prepare(resolved: Resolved, host: Host) -> Session:
         resolved=resolved.resolved(),
         write=lambda folder: write_settings(resolved, folder),
     )
+    current.settings_digest = digest_json(identity.fixed)
     return Session(current, host, display, plan, identity)
 
 
@@ -169,6 +170,11 @@ def collect_encoders(current: Run, host: Host) -> list[Encoder]:
                     )
                 writers[output] = name
             encoders.append(encoder)
+    precision = current.settings.text_encoder_1_precision
+    if precision != "no_change" and not any(encoder.quantised for encoder in encoders):
+        text = "no text encoder of this run can be stored so."
+        problem = Problem("text_encoder_1_precision", text, precision, way_out="Write no_change.")
+        raise ConfigError([problem])
     if "latents" not in writers:
         raise PluginError(
             'no encoder of this run writes "latents"; the model\'s plugin must have one'

@@ -45,7 +45,8 @@ class Training:
 
     step: optimiser steps done; saved_step: those in the newest checkpoint. stop: the signal that
     asked for an end, if any. finished: all was done and written. run_id: the same for a run and its
-    resumes.
+    resumes. reached: role → whether a gradient
+    arrived at its first and last weights, until that was looked at.
     """
 
     run: Run
@@ -70,6 +71,7 @@ class Training:
     saved_step: int = 0
     finished: bool = False
     stop: signal.Signals | None = None
+    reached: dict[str, list[tuple[str, Tensor]]] = attribute(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Let the costs of plugins be measured."""

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from torch import Tensor, nn
 
+    from trainer_core.planner.sketch import Sketch
+
 API_VERSION = 1
 """Number of the plugin interface. It changes only when a hook or a type changes incompatibly."""
 
@@ -119,11 +121,28 @@ class BlockFlops:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and in which dtype ``load_model`` puts frozen weights and trained ones."""
+    """Where and in which dtype ``load_model`` puts frozen weights and trained ones.
+
+    dtype: of frozen weights and of products. trained_dtype: of trained weights. blocks: where the
+    frozen weights of the blocks are left, for who moves them to the device; None: on the device.
+    stored_dtype: of frozen weights, where it is not that of products.
+    """
 
     device: torch.device
     dtype: torch.dtype
     trained_dtype: torch.dtype
+    blocks: torch.device | None = None
+    stored_dtype: torch.dtype | None = None
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Dtype in which frozen weights are loaded."""
+        return self.stored_dtype or self.dtype
+
+    @property
+    def blocks_device(self) -> torch.device:
+        """Where the frozen weights of the blocks are loaded to."""
+        return self.blocks or self.device
 
 
 # --- encoding -------------------------------------------------------------------------------------
@@ -148,6 +167,10 @@ class Encoder:
     batch_size: samples per ``encode_batch`` call; groups are fixed by the plan. keep: where outputs of
     pixels are kept: "clips", a dataset's ``cache_dir_vae``, or "image_embeds", the place that its
     ``conditioning_image_embeds`` names.
+    quantised: its weights are stored as ``text_encoder_1_precision`` says (see
+    ``trainer_core.QUANTISE_ENCODER``).
+    sketch: for ``trainer plan``: returns the network without contents, of its full size, without reading
+        weights; ``encode_batch`` gets it with samples without contents. None: nothing is told.
     """
 
     name: str
@@ -157,6 +180,19 @@ class Encoder:
     load: Callable[[], Any]
     batch_size: int = 1
     keep: Literal["clips", "image_embeds"] = "clips"
+    quantised: bool = False
+    sketch: Callable[[Sketch], Any] | None = None
+
+
+@dataclass(frozen=True)
+class EncoderQuantiser:
+    """How a text encoder's weights are stored. identity: JSON-able facts for the encoder's identity.
+
+    apply: takes the network on the CPU and returns it on ``run.device``, its linear layers stored so.
+    """
+
+    identity: Mapping[str, Any]
+    apply: Callable[[nn.Module], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -302,6 +338,19 @@ class ParameterGroup:
     name: str
     parameters: Sequence[tuple[str, nn.Parameter]]
     learning_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file for another program that was written, read back and compared.
+
+    error: largest difference of a layer's weight change, relative to that change. reader: what read it.
+    """
+
+    path: Path
+    num_layers: int
+    error: float
+    reader: str
 
 
 # --- what a run shows -----------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer_core.capabilities import Blocks, CountedBlocks, SamplingGrid, TokenGrid
+from trainer_core.capabilities import Blocks, CountedBlocks, NativeNames, SamplingGrid, TokenGrid
 from trainer_core.files import digest_json, replace_folder
 from trainer_core.hookspecs import hookimpl
 from trainer_core.run import IMAGE_EMBEDS_OF
@@ -31,6 +31,7 @@ from trainer_wan.weights import Weights
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainer_core.planner.sketch import Sketch
     from trainer_core.run import Run
     from trainer_wan.model import WanModel
     from trainer_wan.sampling import Given
@@ -48,7 +49,7 @@ class Wan:
         provides=("model",),
         values=("model_family=wan",),
         requires=("umt5",),
-        exposes=(Blocks, TokenGrid, CountedBlocks, SamplingGrid),
+        exposes=(Blocks, TokenGrid, CountedBlocks, SamplingGrid, NativeNames),
     )
 
     def __init__(self, settings: WanSettings | None = None) -> None:
@@ -100,6 +101,7 @@ class Wan:
             identity=lambda: {**self._identity(run), **facts},
             load=partial(self._load_vae, run),
             batch_size=run.settings.vae_batch_size,
+            sketch=partial(self._sketch_vae, run),
         )
 
     @hookimpl
@@ -124,6 +126,8 @@ class Wan:
     @hookimpl
     def load_model(self, run: Run) -> WanModel:
         """Return the transformers behind their block runner, at ``run.placement``."""
+        if run.sketch is not None:
+            return self._sketch_model(run)
         from trainer_wan.model import load
 
         weights, flavour = self._fitting(run), choose(run.settings.model_flavour)
@@ -255,6 +259,29 @@ class Wan:
             "posterior": "mode",
             "dtype": "float32",
         }
+
+    def _sketch_model(self, run: Run) -> WanModel:
+        from trainer_wan import sketch
+
+        flavour = choose(run.settings.model_flavour)
+        return sketch.model(
+            run,
+            flavour,
+            self._told(run, flavour),
+            draw_given=partial(self._draw_given, run),
+            one_time=self.settings.wan_force_2_1_time_embedding,
+        )
+
+    def _sketch_vae(self, run: Run, builder: Sketch) -> Any:
+        from trainer_wan import sketch
+
+        flavour = choose(run.settings.model_flavour)
+        return sketch.vae(builder, flavour, self._told(run, flavour))
+
+    def _told(self, run: Run, flavour: Flavour) -> Weights | None:
+        """Return files whose configurations have to be read; None where the flavour says all."""
+        weights = self._locate(run)
+        return None if self._is_known(flavour, weights) else weights
 
     def _load_vae(self, run: Run) -> Any:
         from trainer_wan import vae

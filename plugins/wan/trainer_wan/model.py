@@ -21,6 +21,7 @@ from trainer_core.types import (
     TapResult,
 )
 from trainer_wan.loading import FLAG, load_transformer
+from trainer_wan.names import AuthorsNames
 from trainer_wan.network import WanNetwork
 from trainer_wan.weights import TransformerFiles
 
@@ -36,8 +37,9 @@ TEXT_TOKENS = 512
 """Length that captions are padded to, as the model was trained."""
 
 
-class WanModel:
-    """What ``load_model`` returns; satisfies Model, Blocks, TokenGrid, CountedBlocks and SamplingGrid.
+class WanModel(AuthorsNames):
+    """What ``load_model`` returns; satisfies Model, Blocks, TokenGrid, CountedBlocks, SamplingGrid and
+    NativeNames.
 
     modules: role → ``WanTransformer3DModel``. networks: role → :class:`WanNetwork` over it; core
     may replace an entry by its wrapper. scheduler: the config of the scheduler that samples are drawn
@@ -144,12 +146,12 @@ def load(
     """Return the model of one or two experts, on ``placement.device``.
 
     train_all: every weight is trained, in ``placement.trained_dtype``, mode train. Otherwise all
-    are frozen, in ``placement.dtype`` (what diffusers keeps in float32 stays so), mode eval.
+    are frozen, in ``placement.frozen_dtype`` (what diffusers keeps in float32 stays so), mode eval.
     one_time: ``wan_force_2_1_time_embedding``; base: where a time embedding comes from that does not
     fit. Raises ModelError where the file's tensors are not exactly the model's.
     """
     networks = {}
-    dtype = placement.trained_dtype if train_all else placement.dtype
+    dtype = placement.trained_dtype if train_all else placement.frozen_dtype
     for each in files:
         transformer, cured = load_transformer(
             each, dtype=dtype, base=base, force_2_1_time_embedding=one_time
@@ -182,8 +184,8 @@ def network_of(
     checkpointing: bool = False,
     one_time: bool = False,
 ) -> WanNetwork:
-    """Return the training forward over a transformer, which moves to ``placement.device``."""
-    transformer.to(placement.device)
+    """Return the training forward over a transformer, which moves to where ``placement`` says."""
+    _place(transformer, placement.device, blocks=placement.blocks_device)
     transformer.requires_grad_(train_all)
     transformer.train(train_all)
     network = WanNetwork(
@@ -192,3 +194,14 @@ def network_of(
     network.train(train_all)
     network.stack.policy = "full" if checkpointing else "none"
     return network
+
+
+def _place(transformer: nn.Module, device: torch.device, *, blocks: torch.device) -> None:
+    """Move a transformer to its device, and its blocks to theirs."""
+    if blocks == device:
+        transformer.to(device)
+        return
+    for name, child in transformer.named_children():
+        child.to(blocks if name == "blocks" else device)
+    for parameter in transformer.parameters(recurse=False):
+        parameter.data = parameter.data.to(device)

@@ -47,7 +47,14 @@ class Tread:
         self.settings = settings
 
 
-CATALOGUE = Catalogue.of({"wan": Wan, "tread": Tread})
+class Quantiser:
+    info = PluginInfo(provides=("quantiser",), values=("base_model_precision=int8-quanto",))
+
+    def __init__(self, settings: None) -> None:
+        pass
+
+
+CATALOGUE = Catalogue.of({"wan": Wan, "tread": Tread, "quanto": Quantiser})
 
 
 def is_pending(name: str, value: object) -> bool:
