@@ -16,15 +16,20 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from trainer_core.errors import PluginError
-from trainer_core.recompute import FFN, CheckpointPolicy, Part, PartedCall, checkpointed
+from trainer_core.errors import ConfigError, PluginError, Problem
+from trainer_core.recompute import FFN, CheckpointPolicy, Part, checkpointed
 from trainer_core.types import ForwardPlan, Moment, Residency, Route, TapResult
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-BlockCall = Callable[["nn.Module", "Tensor", Mapping[str, "Tensor"], Mapping[str, Any]], "Tensor"]
-"""``call(block, tokens, per_token, shared)`` returns the tokens behind it, shape unchanged."""
+    from trainer_core.settings.core import CoreSettings
+
+BlockCall = Callable[..., "Tensor"]
+"""``call(block, tokens, per_token, shared)`` returns the tokens behind it, shape unchanged.
+
+The call of a stack with parts also takes ``part=``, a :data:`trainer_core.recompute.Part`.
+"""
 
 
 @dataclass(frozen=True)
@@ -125,19 +130,26 @@ class BlockStack:
     blocks: the ModuleList; blocks are looked up at every run and called as modules, so adapters,
     quantised layers and hooks stay in force. policy: see :data:`CheckpointPolicy`; it acts only
     while the blocks are in training mode with gradients on, and only on every ``interval``-th block,
-    the first one included. parts: names of parts that are recomputed under any policy, such as those that
-    a model computes in chunks. residency: who moves the weights, None for nobody; core sets it. Its
-    "forward" visits surround every computation of a block or of a part, the recompute of checkpointing
-    included (inside the block's "backward" visit).
+    the first one included. parts: names of the parts of a block, where its call knows ``part=``.
+    recomputed: those that are recomputed under any policy, such as what a model computes in chunks.
+    residency: who moves the weights, None for nobody; core sets it. Its "forward" visits surround every
+    computation of a block or of a part, the recompute of checkpointing included (inside the block's
+    "backward" visit).
     """
 
     def __init__(
-        self, blocks: nn.ModuleList, *, policy: CheckpointPolicy = "none", interval: int = 1
+        self,
+        blocks: nn.ModuleList,
+        *,
+        policy: CheckpointPolicy = "none",
+        interval: int = 1,
+        parts: Iterable[str] = (),
     ) -> None:
         self.blocks = blocks
+        self.parts = frozenset(parts)
+        self.recomputed: frozenset[str] = frozenset()
         self.policy = policy
         self.interval = interval
-        self.parts: frozenset[str] = frozenset()
         self.residency: Residency | None = None
 
     def __len__(self) -> int:
@@ -153,6 +165,8 @@ class BlockStack:
         known = get_args(CheckpointPolicy)
         if policy not in known:
             raise PluginError(f"checkpoint policy {policy!r} is not one of {', '.join(known)}")
+        if policy == FFN and FFN not in self.parts:
+            raise PluginError(f"the model's blocks have no part that is called {FFN!r}")
         self._policy = policy
 
     def run(
@@ -212,17 +226,15 @@ class BlockStack:
         with_grad = torch.is_grad_enabled()
         trains = with_grad and self.blocks.training
         policy = self.policy if trains and index % self.interval == 0 else "none"
-        parts = self.parts | ({FFN} if policy == "ffn" else set()) if trains else frozenset()
+        again = self.recomputed | ({FFN} if policy == FFN else set()) if trains else frozenset()
         visit = partial(_visit, residency, index)
 
         def compute(hidden: Tensor) -> Tensor:
             # Also runs in a recompute, which stops early by an exception: hence the context.
             with visit():
-                if not parts:
+                if not again:
                     return call(block, hidden, per_token, shared)
-                if not isinstance(call, PartedCall):
-                    raise PluginError(f"the model does not say what part of a block is {FFN!r}")
-                return call(block, hidden, per_token, shared, part=_recomputing(parts, visit))
+                return call(block, hidden, per_token, shared, part=_recomputing(again, visit))
 
         run: Callable[[Tensor], Tensor] = compute
         if policy in ("full", "keep_attention"):
@@ -231,6 +243,29 @@ class BlockStack:
             return run(tokens)
         marks = _BackwardVisit(residency, index, closed_by_input=tokens.requires_grad)
         return _mark(_BeforeBackward, run(_mark(_AfterBackward, tokens, marks)), marks)
+
+
+def arrange(
+    stack: BlockStack, settings: CoreSettings, *, residency: Residency | None = None
+) -> None:
+    """Let a stack recompute what the settings say, or refuse a policy that it has no part for."""
+    stack.residency = residency
+    policy = settings.gradient_checkpointing_policy
+    if not settings.gradient_checkpointing:
+        stack.policy = "none"
+        return
+    if policy == FFN and FFN not in stack.parts:
+        raise ConfigError(
+            [
+                Problem(
+                    "gradient_checkpointing_policy",
+                    "this model does not tell which part of a block is its feed-forward.",
+                    value=policy,
+                    way_out="Write full or keep_attention.",
+                )
+            ]
+        )
+    stack.policy, stack.interval = policy, settings.gradient_checkpointing_interval
 
 
 @contextmanager

@@ -1,14 +1,14 @@
 """What is recomputed in the backward instead of being kept: the checkpoint policies of a block.
 
-Knows no model. A model whose blocks come in parts says so (:class:`PartedCall`), and the policy of
-feed-forwards then finds its part by name; the policy that keeps attention finds its operators by name.
+Knows no model. A model whose blocks come in parts hands each of them to a :data:`Part`, and the policy
+of feed-forwards finds its part by name; the policy that keeps attention finds its operators by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
 )
-
-if TYPE_CHECKING:
-    from torch import nn
 
 CheckpointPolicy = Literal["none", "full", "ffn", "keep_attention"]
 """What is recomputed in the backward pass.
@@ -34,30 +31,11 @@ FFN = "ffn"
 """Name of the part that the policy of the same name recomputes."""
 
 Part = Callable[[str, Callable[[Tensor], Tensor], Tensor], Tensor]
-"""``part(name, compute, tokens)`` returns ``compute(tokens)``, which it may run again in the backward."""
+"""``part(name, compute, tokens)`` returns ``compute(tokens)``, which it may run again in the backward.
 
-
-@runtime_checkable
-class PartedCall(Protocol):
-    """A call of a block that computes it part by part.
-
-    parts: names of the parts, in order. ``call(block, tokens, per_token, shared, part=part)`` hands each
-    of them to ``part``, which is a :data:`Part`; without ``part`` it is a plain ``BlockCall``.
-    """
-
-    parts: tuple[str, ...]
-
-    def __call__(
-        self,
-        block: nn.Module,
-        tokens: Tensor,
-        per_token: Mapping[str, Tensor],
-        shared: Mapping[str, Any],
-        *,
-        part: Part | None = None,
-    ) -> Tensor:
-        """Return the tokens behind the block, shape unchanged."""
-        ...
+A stack that is built with the names of its parts gives ``part=`` to its call of a block, and the call
+hands each part, or each share of its tokens, to it.
+"""
 
 
 def checkpointed(

@@ -9,9 +9,12 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
-from trainer_core.testing.counting import counted, kept_bytes
-from trainer_wan.block import take_over
+from trainer_core.blocks import BlockStack, TokenContext
+from trainer_core.testing.counting import counted, kept_bytes, memory_of
+from trainer_core.types import ForwardPlan, Route
+from trainer_wan.block import PARTS, take_over
 from trainer_wan.fused import gated_add, head_norm, modulated_norm, rotate
+from trainer_wan.network import BlockCaller
 
 B, N, HEADS, HEAD = 2, 21, 2, 12
 BOUND = 2e-6
@@ -277,3 +280,79 @@ def test_bfloat16_is_no_further_from_float64_than_stock(monkeypatch, token_wise,
         )
     theirs, own = torch.tensor(errors).detach().mean(0).tolist()
     assert own <= theirs * 1.002
+
+
+# --- policies and chunks --------------------------------------------------------------------------
+
+
+def stack_of(policy: str = "none", *, num_blocks: int = 2, **options) -> BlockStack:
+    blocks = nn.ModuleList(pair(48, 280, 2, **options)[1] for _ in range(num_blocks))
+    return BlockStack(blocks, policy=policy, parts=PARTS)
+
+
+def run_of(stack, given, *, chunk: int = 0, plan: ForwardPlan | None = None) -> Tensor:
+    tokens, text, time, (cos, sin) = given
+    per_token, shared = {"rope_cos": cos, "rope_sin": sin}, {"text": text}
+    (per_token if time.ndim == 4 else shared)["time"] = time
+    call = BlockCaller(chunk=chunk)
+    return stack.run(tokens, call=call, context=TokenContext(per_token, shared), plan=plan)[0]
+
+
+def grads_of(stack, given, **options) -> list[Tensor]:
+    out = run_of(stack, given, **options)
+    weight = torch.linspace(-1, 1, out.numel()).view_as(out)
+    wanted = [*given[:3], *stack.blocks.parameters()]
+    return [out, *torch.autograd.grad((out * weight).sum(), wanted)]
+
+
+@pytest.mark.parametrize("token_wise", [False, True])
+@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("policy", ["full", "ffn", "keep_attention"])
+def test_no_policy_changes_a_bit(policy, routed, token_wise):
+    stack, given = stack_of(), world(width=48, head=24, token_wise=token_wise)
+    ids = torch.arange(N).expand(B, -1)[:, ::2]
+    plan = ForwardPlan(routes=((Route("p", 1, 1, lambda *_: ids), ids),)) if routed else None
+    expected = grads_of(stack, given, plan=plan)
+    stack.policy = policy
+    found = grads_of(stack, given, plan=plan)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("token_wise", [False, True])
+@pytest.mark.parametrize("chunk", [1, 5, 20, 21, 100])
+def test_a_feed_forward_in_chunks_of_tokens_gives_the_same(chunk, token_wise):
+    stack, given = stack_of(), world(width=48, head=24, token_wise=token_wise)
+    expected = grads_of(stack, given)
+    for policy in ("none", "full", "ffn", "keep_attention"):
+        stack.policy, stack.recomputed = policy, frozenset({"ffn"})
+        found = grads_of(stack, given, chunk=chunk)
+        assert (found[0] - expected[0]).abs().max() <= BOUND * expected[0].abs().max()
+        apart = [(a - b).abs().max() for a, b in zip(found, expected, strict=True)]
+        largest = max(e.abs().max() for e in expected)
+        assert max(apart) <= 5 * BOUND * largest
+
+
+def test_what_each_policy_holds_and_its_peak_with_chunks():
+    """In bytes of a block's tokens, float32, 1024 of them, adapters left out: a frozen base."""
+    given = world(batch=1, num_tokens=1024, width=48, head=24)
+    given = [given[0], *(t.detach() for t in given[1:3]), given[3]]
+    unit = given[0].numel() * 4
+
+    def step(stack, chunk=0):
+        run_of(stack, given, chunk=chunk).sum().backward()
+
+    held, peak = {}, {}
+    for policy in ("none", "full", "ffn", "keep_attention"):
+        for chunk in (0, 64):
+            stack = stack_of(policy, num_blocks=4)
+            stack.blocks.requires_grad_(False)
+            stack.recomputed = frozenset({"ffn"} if chunk else ())
+            done = memory_of(lambda s=stack, c=chunk: run_of(s, given, chunk=c))
+            held[policy, chunk] = done.end_bytes / unit / 4
+            peak[policy, chunk] = memory_of(lambda s=stack, c=chunk: step(s, c)).peak_bytes / unit
+    assert held["full", 0] < 1.3
+    assert held["full", 0] + 0.9 < held["keep_attention", 0] < held["full", 0] + 1.3
+    assert held["ffn", 0] < held["none", 0] - 5
+    for policy in ("none", "full", "keep_attention"):
+        assert peak[policy, 64] < peak[policy, 0] - 5  # one hidden layer is 5.83
+    assert peak["full", 0] < peak["keep_attention", 0] < peak["ffn", 0] < peak["none", 0]

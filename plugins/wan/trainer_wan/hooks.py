@@ -100,7 +100,6 @@ class Wan:
             spec=run.spec,
             placement=run.placement,
             train_all=run.settings.model_type == "full",
-            checkpointing=run.settings.gradient_checkpointing,
             scheduler=weights.config("scheduler"),
         )
 

@@ -91,7 +91,6 @@ def load(
     spec: ModelSpec,
     placement: Placement,
     train_all: bool,
-    checkpointing: bool,
     scheduler: Mapping[str, Any] | None = None,
 ) -> WanModel:
     """Return the model of a transformer's folder, on ``placement.device``.
@@ -121,5 +120,4 @@ def load(
     transformer.train(train_all)
     network = WanNetwork(transformer, dtype=placement.dtype)
     network.train(train_all)
-    network.stack.policy = "full" if checkpointing else "none"
     return WanModel(spec, {spec.experts[0].role: network}, scheduler=scheduler)

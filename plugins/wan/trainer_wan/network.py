@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BlockCaller:
-    """Calls one block, as core's ``PartedCall``: ``caller(block, tokens, per_token, shared)``.
+    """Calls one block for core's runner: ``caller(block, tokens, per_token, shared)``.
 
     per_token: rope_cos, rope_sin (1 or B, N, 1, head_dim); with token-wise timesteps also time
     (B, N, 6, D). shared: text (B, L, D); with one timestep for each sample also time (B, 6, D). part: see
@@ -34,7 +34,6 @@ class BlockCaller:
     """
 
     chunk: int = 0
-    parts: tuple[str, ...] = PARTS
 
     def __call__(
         self,
@@ -70,7 +69,7 @@ class WanNetwork(nn.Module):
         super().__init__()
         self.transformer = transformer
         self.dtype = dtype
-        self.stack = BlockStack(transformer.blocks)
+        self.stack = BlockStack(transformer.blocks, parts=PARTS)
         self.call = call_block
         take_over(transformer.blocks)
 
