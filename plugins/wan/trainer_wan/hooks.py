@@ -21,7 +21,8 @@ from trainer_core.types import (
     ModelSpec,
     PluginInfo,
 )
-from trainer_wan.config import WanSettings
+from trainer_wan import attention
+from trainer_wan.config import WanSettings, chunk_of
 from trainer_wan.flavours import Flavour, Shape, check_repo, check_weights, choose
 from trainer_wan.weights import Weights
 
@@ -64,6 +65,13 @@ class Wan:
             num_blocks = flavour.shape.num_layers
         return flavour.spec(model_type=run.settings.model_type, num_blocks=num_blocks)
 
+    def check(self, run: Run) -> None:
+        """Refuse what cannot be computed here; say what is computed otherwise than asked."""
+        _, said = chunk_of(self.settings)
+        for sentence in (said, attention.check(self.settings.attention_mechanism)):
+            if sentence is not None:
+                run.say_once(sentence)
+
     def encoders(self, run: Run) -> Sequence[Encoder]:
         """Return the VAE, which writes ``latents`` (C, f, h, w) float32, normalised."""
         return [
@@ -95,13 +103,18 @@ class Wan:
         from trainer_wan.model import load
 
         weights = self._fitting(run)
-        return load(
+        model = load(
             weights.component("transformer"),
             spec=run.spec,
             placement=run.placement,
             train_all=run.settings.model_type == "full",
             scheduler=weights.config("scheduler"),
         )
+        chunk, _ = chunk_of(self.settings)
+        for role, transformer in model.modules.items():
+            model.bare(role).chunk_feed_forward(chunk)
+            attention.use(transformer, self.settings.attention_mechanism, **_place(run))
+        return model
 
     @hookimpl
     def save_weights(self, run: Run, folder: Path, final: bool) -> Sequence[str] | None:
@@ -149,14 +162,19 @@ class Wan:
             text = run.settings.validation_negative_prompt
             negative = run.encoded_caption(text)["text_embeds"]
         model: Any = run.model
-        clips = sample_latents(
-            model.bare(run.spec.experts[0].role),
-            [run.encoded_caption(prompt.text)["text_embeds"] for prompt in run.prompts],
-            negative=negative,
-            sampling=sampling,
-            scheduler_config=scheduler,
-            device=run.device,
-        )
+        network = model.bare(run.spec.experts[0].role)
+        mechanism = self.settings.attention_mechanism
+        with attention.sampling(network.transformer, mechanism, **_place(run)) as sentence:
+            if sentence is not None:
+                run.say_once(sentence)
+            clips = sample_latents(
+                network,
+                [run.encoded_caption(prompt.text)["text_embeds"] for prompt in run.prompts],
+                negative=negative,
+                sampling=sampling,
+                scheduler_config=scheduler,
+                device=run.device,
+            )
         decoder = vae.load(
             weights.component("vae"),
             device=run.device,
@@ -208,3 +226,7 @@ class Wan:
         from trainer_wan import vae
 
         return vae.load(self._fitting(run).component("vae"), device=run.device)
+
+
+def _place(run: Run) -> dict[str, Any]:
+    return {"device": run.device, "dtype": run.placement.dtype}

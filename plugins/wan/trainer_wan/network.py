@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer_core.blocks import BlockStack, TokenContext
+from trainer_core.recompute import FFN
 from trainer_core.types import ForwardPlan, ModelInputs, TapResult
 from trainer_wan.block import PARTS, Part, take_over
 
@@ -72,6 +73,11 @@ class WanNetwork(nn.Module):
         self.stack = BlockStack(transformer.blocks, parts=PARTS)
         self.call = call_block
         take_over(transformer.blocks)
+
+    def chunk_feed_forward(self, tokens: int) -> None:
+        """Compute feed-forwards over so many tokens at once, each again in the backward; 0: over all."""
+        self.call = BlockCaller(chunk=tokens)
+        self.stack.recomputed = frozenset({FFN} if tokens else ())
 
     def forward(
         self, inputs: ModelInputs, plan: ForwardPlan

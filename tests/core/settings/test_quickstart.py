@@ -22,6 +22,7 @@ FILES = sorted(p for p in FOLDER.glob("*.json") if p.stem != "multidatabackend")
 class WanKeys(PluginSettings):
     pretrained_t5_model_name_or_path: str | None = key(None, "Encoder.", free=True)
     lora_rank: int = key(16, "Rank.")
+    attention_mechanism: str = key("diffusers", "Kernel.", free=True)
 
 
 class Wan:
