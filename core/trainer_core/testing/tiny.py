@@ -153,7 +153,6 @@ class Tiny:
         network, stack = build_network(self.settings.tiny_layers, seed=run.seed, text_width=width)
         network.to(run.device)
         network.requires_grad_(run.settings.model_type == "full")
-        stack.policy = "full" if run.settings.gradient_checkpointing else "none"
         return TinyModel(run.spec, network, stack)
 
     @hookimpl
