@@ -8,6 +8,7 @@ index that is drawn again in a recompute gives a wrong gradient without any erro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -221,7 +222,8 @@ class BlockStack:
             return _checkpointed(compute, tokens) if recompute else compute(tokens)
         visit = _BackwardVisit(residency, index, closed_by_input=tokens.requires_grad)
         hidden = _mark(_AfterBackward, tokens, visit)
-        hidden = _checkpointed(compute, hidden) if recompute else compute(hidden)
+        with residency.saving(index) if residency.saving is not None else nullcontext():
+            hidden = _checkpointed(compute, hidden) if recompute else compute(hidden)
         return _mark(_BeforeBackward, hidden, visit)
 
 

@@ -23,6 +23,7 @@ class BitsAndBytes:
 
     info = PluginInfo(
         summary="Optimisers of bitsandbytes: Lion, AdamW, AdEMAMix, in 8 bits, paged",
+        provides=("optimizer",),
         values=tuple(f"optimizer={name}" for name in KINDS),
     )
 

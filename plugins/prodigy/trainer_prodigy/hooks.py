@@ -23,7 +23,9 @@ class Prodigy:
     """Builds Prodigy (arXiv 2306.06101), which estimates its step size as it goes."""
 
     info = PluginInfo(
-        summary="Prodigy: an AdamW that finds its own learning rate", values=(f"optimizer={NAME}",)
+        summary="Prodigy: an AdamW that finds its own learning rate",
+        provides=("optimizer",),
+        values=(f"optimizer={NAME}",),
     )
 
     def __init__(self, settings: Any = None) -> None:
