@@ -70,8 +70,8 @@ def inside_the_forward(run: Run, host: Host) -> Sequence[Route]:
         if flat or moves:
             raise PluginError("a plugin routes tokens or moves blocks, but the model has no Blocks")
         return ()
-    for stack in run.model.stacks().values():
-        arrange(stack, run.settings, residency=moves)
+    for role, stack in run.model.stacks().items():
+        arrange(stack, run.settings, residency=moves.get(role, moves.get(None)))
     return compose_routes(flat, min(len(stack) for stack in run.model.stacks().values()))
 
 
