@@ -23,5 +23,5 @@ class TestClip(PluginContract):
     def world(cls, folder: Path) -> dict[str, Any]:
         from trainer_wan.testing import write_checkpoint
 
-        model = write_checkpoint(folder / "model", flavour="i2v-14b-2.1", layers=1)
+        model = write_checkpoint(folder / "model", flavour="i2v-14b-2.1", layers=4)
         return {"pretrained_model_name_or_path": str(model)}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer_core.errors import ModelError
 from trainer_wan.export import tensor_files
-from trainer_wan.weights import TransformerFiles
+from trainer_wan.weights import TransformerFiles, opened
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -28,12 +28,10 @@ def names_in(place: Path) -> dict[str, tuple[Path, str]]:
     place: a folder in diffusers layout, or a single file with diffusers' or the original names, under
     any of the prefixes that other trainers write.
     """
-    from safetensors import safe_open
-
     if place.is_dir():
         stored = tensor_files(place)
     else:
-        with safe_open(place, framework="pt") as file:
+        with opened(place) as file:
             stored = dict.fromkeys(file.keys(), place)
     return {new: (stored[old], old) for old, new in _renamed(stored).items()}
 
@@ -65,28 +63,24 @@ def _bare(name: str) -> str:
 
 def read_tensors(place: Path, wanted: Iterable[str]) -> dict[str, Tensor]:
     """Return those of the wanted tensors that are there, by diffusers' names, on the CPU."""
-    from safetensors import safe_open
-
     found = {}
     names = names_in(place)
     for name in wanted:
         if name in names:
             path, stored = names[name]
-            with safe_open(path, framework="pt") as file:
+            with opened(path) as file:
                 found[name] = file.get_tensor(stored)
     return found
 
 
 def shapes_in(place: Path) -> dict[str, tuple[int, ...]]:
     """Return diffusers' name of each tensor → its shape; no tensor is read."""
-    from safetensors import safe_open
-
     shapes = {}
     by_file: dict[Path, list[tuple[str, str]]] = {}
     for name, (path, stored) in names_in(place).items():
         by_file.setdefault(path, []).append((name, stored))
     for path, pairs in by_file.items():
-        with safe_open(path, framework="pt") as file:
+        with opened(path) as file:
             shapes |= {name: tuple(file.get_slice(stored).get_shape()) for name, stored in pairs}
     return shapes
 

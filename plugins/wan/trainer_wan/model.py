@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer_core.blocks import BlockStack
+from trainer_core.transfer import pinned, sent
 from trainer_core.types import (
     BlockFlops,
     ForwardPlan,
@@ -88,7 +89,8 @@ class WanModel(AuthorsNames):
         if inputs.moment.step:
             given &= self._draw_given(inputs.moment, num_samples)
         if given.any():  # on the CPU
-            known["first_frame_given"] = given.to(inputs.x_t.device, non_blocking=True)
+            device = inputs.x_t.device
+            known["first_frame_given"] = sent(pinned(given, device), device)
         else:
             del known["first_frame"]
         return replace(inputs, conditioning=known)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,3 +231,17 @@ def _existing(path: Path) -> Path:
     if not path.is_file():
         raise ModelError(f"{TRANSFORMER} = {str(path)!r}: there is no such file. Correct the path.")
     return path
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; a ModelError that names it where it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ModelError(
+            f"{path} is damaged or cut short: {error}. Fetch the model again."
+        ) from error
