@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, safe_open
+from safetensors.torch import load, load_file, safe_open
 from support import comparable
 
 from trainer_core.cli.main import main
@@ -119,6 +120,97 @@ def test_an_adapter_trains_resumes_and_loads_elsewhere(kind: str, call: Call, wo
     )
     for name, change in ours.items():
         assert torch.equal(again[name], change), name
+
+
+def test_lokr_with_tread_and_samples_on_wan(call: Call, world: Path):
+    pytest.importorskip("trainer_tread")
+    route = {"selection_ratio": 0.5, "start_layer_idx": 0, "end_layer_idx": 1}
+    words = [
+        *KINDS["lokr"], "--plugins", "wan,tread", "--tread_config", json.dumps({"routes": [route]}),
+        "--gradient_checkpointing", "true", "--validation_prompt", "a red circle",
+        "--validation_step_interval", "2", "--validation_resolution", "32x32",
+        "--validation_num_video_frames", "5", "--validation_num_inference_steps", "2",
+    ]  # fmt: skip
+    train(call, "adapters/tread", 4, *words)
+    train(call, "adapters/tread-parts", 2, *words)
+    train(call, "adapters/tread-parts", 4, *words)
+    whole, resumed = (comparable(world / "adapters" / n) for n in ("tread", "tread-parts"))
+    assert whole[OWN] == resumed[OWN]
+    plain = comparable(world / "adapters" / "lokr")
+    assert whole[OWN] != plain[OWN]
+    samples = sorted((world / "adapters" / "tread" / "validation").rglob("*.mp4"))
+    assert {path.parent.name for path in samples} == {f"step-{n:08}" for n in (0, 2, 4)}
+    live = {p.parent.name: p.read_bytes() for p in samples if "ema" not in p.name}
+    assert live["step-00000000"] != live["step-00000004"]
+
+
+def test_an_export_follows_a_model_and_a_config_that_were_moved(call: Call, world: Path):
+    (world / "lycoris.json").write_text(KINDS["loha"][3])
+    train(call, "adapters/moved", 2, "--lora_type", "lycoris", "--lycoris_config", "lycoris.json")
+    wanted = ("export", "adapters/moved", "--format", "comfyui", "--output", "moved.safetensors")
+    assert call(*wanted)[0] == 0
+    first = (world / "moved.safetensors").read_bytes()
+    (world / "lycoris.json").unlink()
+    shutil.move(world / "model", world / "model-moved")
+    try:
+        here = ("--pretrained_model_name_or_path", "model-moved")
+        beside = ("--lycoris_config", "adapters/moved/lycoris_config.json")
+        for words, key in ((beside, "pretrained_model_name_or_path"), (here, "lycoris_config")):
+            code, said = call(*wanted, *words)
+            assert (code, key in said, "Traceback" in said) == (2, True, False), said
+        code, said = call(*wanted, *beside, *here)
+        assert code == 0, said
+    finally:
+        shutil.move(world / "model-moved", world / "model")
+    again = load_file(world / "moved.safetensors")
+    assert all(torch.equal(again[n], v) for n, v in load(first).items())
+
+
+def test_a_run_in_comfyuis_format_resumes_bit_for_bit_and_diffusers_reads_it(
+    call: Call, world: Path
+):
+    words = ("--lora_alpha", "3", "--lora_format", "comfyui")
+    train(call, "adapters/native", 4, *words)
+    train(call, "adapters/native-parts", 2, *words)
+    # the format may change on the way: a resume reads either
+    train(call, "adapters/native-parts", 3, "--lora_alpha", "3")
+    train(call, "adapters/native-parts", 4, *words)
+    names = (OWN, f"ema/{OWN}", "checkpoint-4/optimizer.safetensors")
+    whole, parts = (comparable(world / "adapters" / n) for n in ("native", "native-parts"))
+    assert [whole[name] == parts[name] for name in names] == [True, True, True]
+    path = world / "adapters" / "native" / OWN
+    assert "diffusion_model.blocks.0.self_attn.q.alpha" in load_file(path)
+    ours, theirs = changes_by_formula(world, path), changes_by_the_library(world, path, "lora")
+    assert ours.keys() == theirs.keys()
+    for name, change in ours.items():
+        assert float((theirs[name] - change).abs().max()) <= 1e-5 * float(change.abs().max())
+
+
+def test_comfyuis_format_refuses_what_it_could_not_resume(call: Call):
+    code, said = call(
+        "run", "--config", "config.json", "--output_dir", "adapters/never", "--lora_alpha", "3",
+        "--lora_format", "comfyui", "--peft_lora_target_modules", "to_q,proj_out",
+    )  # fmt: skip
+    assert code == 2, said
+    assert (
+        "lora_format = 'comfyui': cannot hold the alpha of proj_out, which is 3 at rank 4" in said
+    )
+
+
+def test_wrong_calls_exit_2_without_a_traceback(call: Call, world: Path):
+    train(call, "adapters/wrong", 2)
+    run = ("export", "adapters/wrong")
+    for words, says in (
+        ((*run,), "Missing option '--format'"),
+        ((*run, "--format", "kohya"), "Write one of diffusers, comfyui"),
+        ((*run, "--format", "comfyui", "--role", "low"), "Name transformer."),
+        ((*run, "--format", "comfyui", "--frob", "1"), "unknown key"),
+        ((*run, "--format", "comfyui", "--lora_rank", "8"), "r is 4 in the file and 8 in this run"),
+        (("export", "clips", "--format", "comfyui"), "no run has written there"),
+    ):
+        code, said = call(*words)
+        assert (code, says in said, "Traceback" in said) == (2, True, False), said
+    assert not (world / "adapters" / "wrong" / "export").exists()
 
 
 def check_metadata(path: Path, kind: str) -> None:
