@@ -114,8 +114,8 @@ def largest_error(pairs: Iterable[tuple[str, Tensor, Tensor]]) -> tuple[float, s
     """
     worst, where = 0.0, ""
     for name, ours, theirs in pairs:
-        size = float(ours.abs().max())
-        off = float((theirs.to(ours) - ours).abs().max())
+        size = float(ours.detach().abs().max())
+        off = float((theirs.to(ours) - ours).detach().abs().max())
         if off == 0:
             continue
         error = off / size if size > 0 else float("inf")

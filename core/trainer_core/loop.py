@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer_core import persistence, rng, validation
-from trainer_core.blocks import compose_routes, draw_plan
+from trainer_core.blocks import arrange, compose_routes, draw_plan
 from trainer_core.capabilities import Blocks
 from trainer_core.data import CachedData, Loader
 from trainer_core.errors import PluginError
@@ -70,8 +70,8 @@ def inside_the_forward(run: Run, host: Host) -> Sequence[Route]:
         if flat or moves:
             raise PluginError("a plugin routes tokens or moves blocks, but the model has no Blocks")
         return ()
-    for stack in run.model.stacks().values():
-        stack.residency = moves
+    for role, stack in run.model.stacks().items():
+        arrange(stack, run.settings, residency=moves.get(role, moves.get(None)))
     return compose_routes(flat, min(len(stack) for stack in run.model.stacks().values()))
 
 

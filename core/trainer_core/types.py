@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -285,13 +286,17 @@ class Residency:
     """Who moves the weights of which modules between memories.
 
     modules: qualified names below the model's roles; one owner per module. before(index, phase) and
-    after(index, phase) surround block ``index`` in phase "forward" and "backward".
+    after(index, phase) surround block ``index`` in phase "forward" and "backward". role: whose blocks
+    they are, None for those of every role. saving(index): surrounds the forward of a block with
+    gradients, outside of any checkpoint, such as hooks on what autograd saves.
     """
 
     plugin: str
     modules: tuple[str, ...]
     before: Callable[[int, str], None]
     after: Callable[[int, str], None]
+    role: str | None = None
+    saving: Callable[[int], AbstractContextManager[Any]] | None = None
 
 
 @dataclass(frozen=True)

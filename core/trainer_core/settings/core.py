@@ -119,6 +119,21 @@ class ModelKeys(PluginSettings):
         menu="Training → Memory Optimisation",
         free=True,
     )
+    gradient_checkpointing_policy: Literal["full", "ffn", "keep_attention"] = key(
+        "full",
+        "What of a block is recomputed: all; its feed-forward; all but the output of self-attention, "
+        "whose cost grows with the square of the tokens.",
+        menu="Training → Memory Optimisation",
+        free=True,
+    )
+    gradient_checkpointing_interval: int = key(
+        1,
+        "Recompute every so many blocks only, the first one included; the others keep what they need.",
+        unit="blocks",
+        menu="Training → Memory Optimisation",
+        free=True,
+        ge=1,
+    )
 
 
 class OptimizerKeys(PluginSettings):

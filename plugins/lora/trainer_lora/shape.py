@@ -53,7 +53,8 @@ class Shape:
         """Return the arguments of peft's ``LoraConfig``, as JSON holds them.
 
         layers: full names of those that have an adapter. Only what describes the adapter and what every
-        version of peft knows; exceptions by full name.
+        version of peft knows; exceptions by full name. Never a dropout: diffusers loads an adapter in
+        training mode, so that samples would be drawn with it.
         """
         alpha = self.rank if self.alpha is None else self.alpha
         shapes = {layer: self.of(layer) for layer in sorted(layers)}
@@ -62,7 +63,7 @@ class Shape:
         return {
             "r": self.rank,
             "lora_alpha": alpha,
-            "lora_dropout": self.dropout_ratio,
+            "lora_dropout": 0.0,
             "target_modules": list(self.targets),
             "bias": "none",
             "use_rslora": False,

@@ -100,12 +100,6 @@ def test_all_weights_are_trained_in_a_full_run(make_run):
     network = run.model.networks["transformer"]
     assert all(p.requires_grad and p.dtype == torch.float32 for p in network.parameters())
     assert network.transformer.blocks.training
-    assert run.model.stacks()["transformer"].policy == "none"
-
-
-def test_gradient_checkpointing_sets_the_policy(make_run):
-    _, run = loaded(make_run, gradient_checkpointing=True)
-    assert run.model.stacks()["transformer"].policy == "full"
 
 
 def test_bfloat16_keeps_what_diffusers_keeps_in_float32(make_run):

@@ -59,5 +59,5 @@ def test_a_member_is_rehearsed_whole(world: Path, checkpoints, name: str):
     (training,) = (p for p in forecast.phases if p.name == "training")
     single = foretold(world, name.replace("-both", "-low"), **keys)
     (alone,) = (p for p in single.phases if p.name == "training")
-    ratio = training.parts["weights"] / alone.parts["weights"]
+    ratio = training.parts["frozen weights"] / alone.parts["frozen weights"]
     assert (1.9 < ratio < 2.1) == name.endswith("-both")

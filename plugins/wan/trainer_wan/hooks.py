@@ -22,8 +22,9 @@ from trainer_core.types import (
     Moment,
     PluginInfo,
 )
+from trainer_wan import attention
 from trainer_wan.checks import check_keys, check_repo, check_vae, check_weights
-from trainer_wan.config import WanSettings
+from trainer_wan.config import WanSettings, chunk_of
 from trainer_wan.experts import check_names, check_weights_apart
 from trainer_wan.flavours import Flavour, Shape, choose
 from trainer_wan.weights import Weights
@@ -85,6 +86,13 @@ class Wan:
             model_type=run.settings.model_type, boundary=boundary, num_blocks=num_blocks
         )
 
+    def check(self, run: Run) -> None:
+        """Refuse what cannot be computed here; say what is computed otherwise than asked."""
+        _, said = chunk_of(self.settings)
+        for sentence in (said, attention.check(self.settings.attention_mechanism)):
+            if sentence is not None:
+                run.say_once(sentence)
+
     def encoders(self, run: Run) -> Sequence[Encoder]:
         """Return the VAE, which writes ``latents`` (C, f, h, w) float32, normalised, and what makes
         the model's view of given frames of them.
@@ -141,18 +149,22 @@ class Wan:
         base = None
         if weights.has_own_transformer and self.settings.wan_force_2_1_time_embedding:
             base = weights.transformer(flavour.roles[0], own=False)
-        return load(
+        model = load(
             [weights.transformer(role) for role in flavour.roles],
             spec=run.spec,
             placement=run.placement,
             train_all=run.settings.model_type == "full",
-            checkpointing=run.settings.gradient_checkpointing,
             scheduler=weights.config("scheduler"),
             base=base,
             one_time=self.settings.wan_force_2_1_time_embedding,
             draw_given=partial(self._draw_given, run),
             say=run.say_once,
         )
+        chunk, _ = chunk_of(self.settings)
+        for role, transformer in model.modules.items():
+            model.bare(role).chunk_feed_forward(chunk)
+            attention.use(transformer, self.settings.attention_mechanism, **_place(run))
+        return model
 
     def _draw_given(self, run: Run, moment: Moment, num_samples: int) -> Tensor:
         """Return which clips of a micro-batch have their first frame given, (B,) bool."""
@@ -292,3 +304,7 @@ class Wan:
         from trainer_wan import vae
 
         return vae.load(self._fitting(run).component("vae"), device=run.device)
+
+
+def _place(run: Run) -> dict[str, Any]:
+    return {"device": run.device, "dtype": run.placement.dtype}

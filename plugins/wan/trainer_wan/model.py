@@ -136,7 +136,6 @@ def load(
     spec: ModelSpec,
     placement: Placement,
     train_all: bool = False,
-    checkpointing: bool = False,
     scheduler: Mapping[str, Any] | None = None,
     base: TransformerFiles | None = None,
     one_time: bool = False,
@@ -165,7 +164,6 @@ def load(
             transformer,
             placement=placement,
             train_all=train_all,
-            checkpointing=checkpointing,
             one_time=one_time,
         )
     return WanModel(spec, networks, scheduler=scheduler, draw_given=draw_given)
@@ -181,7 +179,6 @@ def network_of(
     *,
     placement: Placement,
     train_all: bool = False,
-    checkpointing: bool = False,
     one_time: bool = False,
 ) -> WanNetwork:
     """Return the training forward over a transformer, which moves to where ``placement`` says."""
@@ -192,7 +189,6 @@ def network_of(
         transformer, dtype=placement.dtype, token_wise=token_wise(transformer) and not one_time
     )
     network.train(train_all)
-    network.stack.policy = "full" if checkpointing else "none"
     return network
 
 

@@ -1,38 +1,62 @@
 """The training forward of Wan: diffusers' own layers, driven block by block.
 
-The arithmetic is that of ``WanTransformer3DModel.forward``, in the same order, so that the result
-is the same; what is added are routes, taps, checkpointing and residency of core's block runner.
+The arithmetic is that of ``WanTransformer3DModel.forward``, the result the same to rounding; what is
+added are routes, taps, checkpointing and residency of core's block runner, and blocks with less memory
+traffic (:mod:`trainer_wan.block`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer_core.blocks import BlockStack, TokenContext
+from trainer_core.recompute import FFN
 from trainer_core.types import ForwardPlan, ModelInputs, TapResult
+from trainer_wan.block import PARTS, Part, take_over
 from trainer_wan.condition import noise_mask, token_timesteps
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
 
 
-def call_block(
-    block: nn.Module, tokens: Tensor, per_token: Mapping[str, Tensor], shared: Mapping[str, Any]
-) -> Tensor:
-    """Return the tokens behind one ``WanTransformerBlock``.
+@dataclass(frozen=True)
+class BlockCaller:
+    """Calls one block for core's runner: ``caller(block, tokens, per_token, shared)``.
 
     per_token: rope_cos, rope_sin (1 or B, N, 1, head_dim); with token-wise timesteps also time
-    (B, N, 6, D). shared: text (B, L, D); with one timestep for each sample also time (B, 6, D).
+    (B, N, 6, D). shared: text (B, L, D); with one timestep for each sample also time (B, 6, D). part: see
+    :mod:`trainer_wan.block`; only a block that was taken over knows it. chunk: tokens that the
+    feed-forward takes at once, 0 for all.
     """
-    time = per_token["time"] if "time" in per_token else shared["time"]
-    rope = (per_token["rope_cos"], per_token["rope_sin"])
-    out: Tensor = block(tokens, shared["text"], time, rope)
-    return out
+
+    chunk: int = 0
+
+    def __call__(
+        self,
+        block: nn.Module,
+        tokens: Tensor,
+        per_token: Mapping[str, Tensor],
+        shared: Mapping[str, Any],
+        *,
+        part: Part | None = None,
+    ) -> Tensor:
+        """Return the tokens behind the block."""
+        time = per_token["time"] if "time" in per_token else shared["time"]
+        rope = (per_token["rope_cos"], per_token["rope_sin"])
+        options: dict[str, Any] = {"chunk": self.chunk} if self.chunk else {}
+        if part is not None:
+            options["part"] = part
+        out: Tensor = block(tokens, shared["text"], time, rope, **options)
+        return out
+
+
+call_block = BlockCaller()
 
 
 class WanNetwork(nn.Module):
@@ -52,7 +76,14 @@ class WanNetwork(nn.Module):
         self.dtype = dtype
         self.token_wise = token_wise
         self.before_forward: Callable[[], None] | None = None
-        self.stack = BlockStack(transformer.blocks)
+        self.stack = BlockStack(transformer.blocks, parts=PARTS)
+        self.call = call_block
+        take_over(transformer.blocks)
+
+    def chunk_feed_forward(self, tokens: int) -> None:
+        """Compute feed-forwards over so many tokens at once, each again in the backward; 0: over all."""
+        self.call = BlockCaller(chunk=tokens)
+        self.stack.recomputed = frozenset({FFN} if tokens else ())
 
     def forward(
         self, inputs: ModelInputs, plan: ForwardPlan
@@ -123,7 +154,7 @@ class WanNetwork(nn.Module):
             (per_token if t.ndim == 2 else shared)["time"] = modulation
             tokens, taps = self.stack.run(
                 tokens,
-                call=call_block,
+                call=self.call,
                 context=TokenContext(per_token=per_token, shared=shared),
                 plan=plan,
             )

@@ -78,7 +78,6 @@ def model(
             transformer,
             placement=placement,
             train_all=train_all,
-            checkpointing=settings.gradient_checkpointing,
             one_time=one_time,
         )
     scheduler = config_of("scheduler", flavour, weights)

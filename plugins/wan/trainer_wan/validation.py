@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from trainer_core.errors import ConfigError, Problem
 from trainer_core.run import DROP_VAE_ENCODER
 from trainer_core.types import Artifact
-from trainer_wan import vae
+from trainer_wan import attention, vae
 from trainer_wan.experts import other
 from trainer_wan.flavours import Flavour
 from trainer_wan.loading import load_transformer
@@ -40,7 +40,16 @@ def render(
     if sampling.guidance > 1:
         text = run.settings.validation_negative_prompt
         negative = run.encoded_caption(text)["text_embeds"]
-    with _networks(run, weights, settings, flavour) as networks:
+    with _networks(run, weights, settings, flavour) as networks, ExitStack() as kernels:
+        for network in networks.values():
+            chosen = attention.sampling(
+                network.transformer,
+                settings.attention_mechanism,
+                device=run.device,
+                dtype=run.placement.dtype,
+            )
+            if (sentence := kernels.enter_context(chosen)) is not None:
+                run.say_once(sentence)
         clips = sample_latents(
             networks,
             [run.encoded_caption(prompt.text)["text_embeds"] for prompt in run.prompts],
