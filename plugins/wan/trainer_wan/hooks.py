@@ -62,7 +62,12 @@ class Wan:
     def describe_model(self, run: Run) -> ModelSpec:
         """Return the flavour's facts; a folder's or known repository's weights are checked here."""
         flavour = choose(run.settings.model_flavour)
-        check_keys(flavour, self.settings, model_type=run.settings.model_type)
+        check_keys(
+            flavour,
+            self.settings,
+            model_type=run.settings.model_type,
+            blocks_move=run.placement.blocks is not None,
+        )
         weights = self._locate(run)
         check_names(flavour, weights)
         boundary = num_blocks = None
@@ -172,7 +177,8 @@ class Wan:
     def attach(self, run: Run) -> None:
         """Lay one of two experts to rest, now that adapters are in; say what images teach."""
         model: Any = run.model
-        if self.settings.wan_one_expert_resident and len(model.modules) > 1:
+        rests = self.settings.wan_one_expert_resident and len(model.modules) > 1
+        if rests and run.sketch is None:
             from trainer_wan.resting import Resting
 
             networks = {role: model.bare(role) for role in model.modules}
@@ -280,7 +286,6 @@ class Wan:
             run,
             flavour,
             self._told(run, flavour),
-            draw_given=partial(self._draw_given, run),
             one_time=self.settings.wan_force_2_1_time_embedding,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +93,8 @@ def _networks(
         role = other(flavour.roles[0])
         files = weights.transformer(role, own=False)
         transformer, _ = load_transformer(files, dtype=run.placement.dtype)
-        networks[role] = network_of(transformer, placement=run.placement)
+        # nobody moves the blocks of a network that is here for a moment
+        networks[role] = network_of(transformer, placement=replace(run.placement, blocks=None))
     resting = None
     if settings.wan_one_expert_resident and len(flavour.roles) == 1:
         resting = Resting(networks, device=run.device)
