@@ -97,11 +97,14 @@ def route_tokens(run: Run) -> Route | Sequence[Route] | None:
 
 
 @hookspec
-def offload(run: Run, phase: Phase | None) -> Residency | AbstractContextManager[None] | None:
+def offload(
+    run: Run, phase: Phase | None
+) -> Residency | Sequence[Residency] | AbstractContextManager[None] | None:
     """Move weights and states between memories.
 
-    Called at set-up with ``phase=None`` (returns a Residency, composed into the block runner), then
-    at every phase (returns a context manager; all are entered as an onion). One owner per module.
+    Called at set-up with ``phase=None`` (returns a Residency, or one for each role, composed into the
+    block runner), then at every phase (returns a context manager; all are entered as an onion). One
+    owner per module.
     """
 
 

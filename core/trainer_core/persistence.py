@@ -19,6 +19,7 @@ from trainer_core.errors import CheckpointError, ConfigError, ModelError, Plugin
 from trainer_core.files import write_tensors
 from trainer_core.metrics import EventLog, Trackers
 from trainer_core.phases import phase
+from trainer_core.training import MODEL
 from trainer_core.types import Record
 
 if TYPE_CHECKING:
@@ -240,7 +241,8 @@ def _save_weights(training: Training, folder: Path, *, final: bool) -> list[str]
 def _plugin_parameters(training: Training) -> dict[str, torch.Tensor]:
     return {
         f"{group.name}/{name}": parameter
-        for group in training.groups[1:]
+        for group in training.groups
+        if group.name.split("/")[0] != MODEL
         for name, parameter in group.parameters
     }
 

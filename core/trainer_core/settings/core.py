@@ -85,7 +85,25 @@ class ModelKeys(PluginSettings):
     model_flavour: str | None = key(None, "Member of the family; its plugin lists them.")
     model_type: Literal["lora", "full"] = key("lora", "Train an adapter, or all weights.")
     lora_type: str = key("standard", "Kind of adapter; its plugin provides it.")
-    base_model_precision: str = key("no_change", "Storage of frozen weights.")
+    base_model_precision: str = key(
+        "no_change", "Storage of the blocks' frozen weights: no_change, or the value of a plugin."
+    )
+    base_model_default_dtype: Literal["bf16", "fp32"] | None = key(
+        None,
+        "With base_model_precision: storage of the frozen weights that it leaves alone; without it "
+        "mixed_precision decides.",
+    )
+    quantize_via: Literal["cpu", "accelerator"] = key(
+        "accelerator",
+        "With base_model_precision: where weights are quantised, block by block; the accelerator "
+        "never holds more than one block that is not.",
+    )
+    text_encoder_1_precision: str = key(
+        "no_change", "Storage of the text encoder's weights: no_change, or the value of a plugin."
+    )
+    text_encoder_2_precision: Literal["no_change"] = key(
+        "no_change", "No model here has a second text encoder, so there is nothing to change."
+    )
     pretrained_model_name_or_path: str | None = key(
         None,
         "Hub repository or folder of the model; without it the flavour's repository.",
@@ -100,6 +118,21 @@ class ModelKeys(PluginSettings):
         "Recompute each block in the backward pass instead of keeping its activations.",
         menu="Training → Memory Optimisation",
         free=True,
+    )
+    gradient_checkpointing_policy: Literal["full", "ffn", "keep_attention"] = key(
+        "full",
+        "What of a block is recomputed: all; its feed-forward; all but the output of self-attention, "
+        "whose cost grows with the square of the tokens.",
+        menu="Training → Memory Optimisation",
+        free=True,
+    )
+    gradient_checkpointing_interval: int = key(
+        1,
+        "Recompute every so many blocks only, the first one included; the others keep what they need.",
+        unit="blocks",
+        menu="Training → Memory Optimisation",
+        free=True,
+        ge=1,
     )
 
 

@@ -8,6 +8,7 @@ initialisation that never touches the global random state.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,9 @@ def inject(
     layers = match(module, shape.targets).layers
     # peft draws an initialisation that is thrown away; the forks keep it from the global state.
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        # of merging into quantised weights, which is never done
+        warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")
         config = LoraConfig(**shape.peft_config(layers))
         inject_adapter_in_model(config, module, adapter_name=ADAPTER)
     for name, layer in adapted(module):
