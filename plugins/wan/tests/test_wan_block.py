@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo.testing
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
@@ -356,3 +357,23 @@ def test_what_each_policy_holds_and_its_peak_with_chunks():
     for policy in ("none", "full", "keep_attention"):
         assert peak[policy, 64] < peak[policy, 0] - 5  # one hidden layer is 5.83
     assert peak["full", 0] < peak["keep_attention", 0] < peak["ffn", 0] < peak["none", 0]
+
+
+@pytest.mark.slow  # a minute on a busy machine: tracing, and generating code
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_blocks_are_one_graph_for_all_blocks_and_numbers_of_tokens(backend):
+    torch._dynamo.reset()
+    stack = stack_of("full", num_blocks=3)
+    worlds = [world(width=48, head=24, num_tokens=n) for n in (21, 40, 33)]
+    expected = [grads_of(stack, given) for given in worlds]
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    for block in stack.blocks:
+        block.compile(dynamic=True, backend=counter, fullgraph=True)
+    for given, wanted in zip(worlds, expected, strict=True):
+        found = grads_of(stack, given)
+        assert (found[0] - wanted[0]).abs().max() <= BOUND * wanted[0].abs().max()
+        largest = max(w.abs().max() for w in wanted)
+        apart = [(a - b).abs().max() for a, b in zip(found, wanted, strict=True)]
+        assert max(apart) <= 5 * BOUND * largest
+    assert counter.frame_count == 1
+    torch._dynamo.reset()

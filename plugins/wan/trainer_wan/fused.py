@@ -56,6 +56,8 @@ def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float) -> Te
     is the weight of a layer norm, so that norm and modulation are one pass over each sample.
     """
     with exact(x):
+        if scale.ndim == 2 and torch.compiler.is_compiling():  # it is fused then, whatever its form
+            scale, shift = scale.unsqueeze(1), shift.unsqueeze(1)
         if scale.ndim == 3:
             wide = F.layer_norm(x.to(scale.dtype), (x.shape[-1],), eps=eps)
             return torch.addcmul(shift, wide, scale).to(x.dtype)
@@ -108,31 +110,33 @@ def _summed_to(full: Tensor, shape: torch.Size) -> Tensor:
     return full.sum(over, keepdim=True) if over else full
 
 
-def turns(cos: Tensor, sin: Tensor) -> Tensor:
-    """Return (..., d / 2) complex: the turn of each pair of channels, from diffusers' tables.
+Turn = Tensor | tuple[Tensor, Tensor]
+"""The turn of each pair of channels: complex (..., d / 2), or its real and imaginary part."""
 
-    cos, sin: (1 or B, N, 1, d), each value twice in a row.
+
+def turns(cos: Tensor, sin: Tensor) -> Turn:
+    """Return the turns of diffusers' tables (1 or B, N, 1, d), each value of which stands twice in a row.
+
+    Complex, so that a turn is one product; compilers fuse real numbers only, and get two parts.
     """
     wide = torch.float32 if cos.dtype in LOW else cos.dtype
-    return torch.complex(cos[..., 0::2].to(wide), sin[..., 1::2].to(wide))
+    cos, sin = cos[..., 0::2].to(wide), sin[..., 1::2].to(wide)
+    return (cos, sin) if torch.compiler.is_compiling() else torch.complex(cos, sin)
 
 
-def rotate(x: Tensor, turn: Tensor, *, dtype: torch.dtype) -> Tensor:
+def rotate(x: Tensor, turn: Turn, *, dtype: torch.dtype) -> Tensor:
     """Return x with each pair of neighbouring channels turned (RoPE), as ``dtype``.
 
-    x: (B, N, H, d). turn: (1 or B, N, 1, d / 2) complex, from :func:`turns`. Keeps nothing but ``turn``
-    for the backward, which turns back.
+    x: (B, N, H, d). turn: (1 or B, N, 1, d / 2), from :func:`turns`. Keeps nothing but ``turn`` for the
+    backward, which turns back.
     """
-    if torch.compiler.is_compiling():  # complex numbers are not fused, real ones are
-        return _rotate_real(x, turn).to(dtype)
+    if isinstance(turn, tuple):
+        cos, sin = turn
+        x1, x2 = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos), -1)
+        return turned.flatten(-2).to(dtype)
     out: Tensor = _Rotate.apply(x, turn, dtype)  # type: ignore[no-untyped-call] # torch's own
     return out
-
-
-def _rotate_real(x: Tensor, turn: Tensor) -> Tensor:
-    cos, sin = turn.real, turn.imag
-    x1, x2 = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos), -1).flatten(-2)
 
 
 class _Rotate(torch.autograd.Function):
@@ -160,7 +164,7 @@ def _turned(x: Tensor, turn: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def head_norm(
-    x: Tensor, weight: Tensor, *, eps: float, heads: int, turn: Tensor | None, dtype: torch.dtype
+    x: Tensor, weight: Tensor, *, eps: float, heads: int, turn: Turn | None, dtype: torch.dtype
 ) -> Tensor:
     """Return heads (B, N, H, d) of x after an RMS norm over all of them, turned where ``turn`` is given.
 
