@@ -134,6 +134,22 @@ class ModelKeys(PluginSettings):
         free=True,
         ge=1,
     )
+    compile_blocks: bool = key(
+        False,
+        "Compile a block with torch.compile, once for all blocks and all buckets; the first step takes "
+        "a minute longer.",
+        free=True,
+    )
+
+    @model_validator(mode="after")
+    def _compiles_whole_blocks(self) -> ModelKeys:
+        policy = self.gradient_checkpointing_policy
+        if self.compile_blocks and self.gradient_checkpointing and policy != "full":
+            raise ValueError(
+                f"compile_blocks and gradient_checkpointing_policy {policy} exclude each other, since a "
+                "compiled block is one piece; write full, or remove compile_blocks"
+            )
+        return self
 
 
 class OptimizerKeys(PluginSettings):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer_core.capabilities import Blocks, CountedBlocks, NativeNames, SamplingGrid, TokenGrid
+from trainer_core.errors import ConfigError, Problem
 from trainer_core.files import digest_json, replace_folder
 from trainer_core.hookspecs import hookimpl
 from trainer_core.run import IMAGE_EMBEDS_OF
@@ -88,7 +89,15 @@ class Wan:
 
     def check(self, run: Run) -> None:
         """Refuse what cannot be computed here; say what is computed otherwise than asked."""
-        _, said = chunk_of(self.settings)
+        chunk, said = chunk_of(self.settings)
+        if chunk and run.settings.compile_blocks:
+            problem = Problem(
+                "compile_blocks",
+                "a compiled block is one piece, and the feed-forward is to be computed in chunks.",
+                value=True,
+                way_out="Remove compile_blocks or enable_chunked_feed_forward.",
+            )
+            raise ConfigError([problem])
         for sentence in (said, attention.check(self.settings.attention_mechanism)):
             if sentence is not None:
                 run.say_once(sentence)
