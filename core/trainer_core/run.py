@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -50,6 +51,12 @@ DROP_VAE_ENCODER = Key["bool"]("drop_vae_encoder")
 """True: nobody encodes with the VAE any more, so that a model loads it for decoding alone.
 
 A plugin sets it in ``attach``, when everything is cached; the model's plugin reads it before it renders.
+"""
+
+MODEL_ASIDE = Key[Callable[[], AbstractContextManager[Any]]]("model_aside")
+"""Makes room for another component: within the context the model's weights are off the accelerator.
+
+A plugin sets it in ``attach``; the model's plugin enters it while it decodes samples.
 """
 
 QUANTISE_ENCODER = Key[EncoderQuantiser | None]("quantise_encoder")

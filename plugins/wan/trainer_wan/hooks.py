@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from trainer_core.capabilities import Blocks, CountedBlocks, SamplingGrid, TokenGrid
 from trainer_core.files import digest_json, replace_folder
 from trainer_core.hookspecs import hookimpl
-from trainer_core.run import DROP_VAE_ENCODER
+from trainer_core.run import DROP_VAE_ENCODER, MODEL_ASIDE
 from trainer_core.types import (
     Artifact,
     EncodedTensor,
@@ -56,6 +57,8 @@ class Wan:
         """Return the flavour's facts; a folder's or known repository's weights are checked here."""
         flavour = choose(run.settings.model_flavour)
         weights = self._locate(run)
+        if self.settings.vae_enable_slicing and run.settings.vae_batch_size == 1:
+            run.say("vae_enable_slicing has no effect: it acts with vae_batch_size above 1 only")
         num_blocks = None
         if weights.is_local:
             self._check(flavour, weights)
@@ -158,20 +161,22 @@ class Wan:
             scheduler_config=scheduler,
             device=run.device,
         )
-        decoder = vae.load(
-            weights.component("vae"),
-            device=run.device,
-            decoder_only=run.state.get(DROP_VAE_ENCODER, False),
-        )
-        return [
-            Artifact(
-                name=prompt.name,
-                frames=vae.decode(decoder, latents).numpy(),
-                fps=run.spec.fps,
-                caption=prompt.text,
+        with run.state.get(MODEL_ASIDE, nullcontext)():
+            decoder = vae.load(
+                weights.component("vae"),
+                device=run.device,
+                decoder_only=run.state.get(DROP_VAE_ENCODER, False),
+                tiling=self.settings.vae_enable_tiling,
             )
-            for prompt, latents in zip(run.prompts, clips, strict=True)
-        ]
+            return [
+                Artifact(
+                    name=prompt.name,
+                    frames=vae.decode(decoder, latents).numpy(),
+                    fps=run.spec.fps,
+                    caption=prompt.text,
+                )
+                for prompt, latents in zip(run.prompts, clips, strict=True)
+            ]
 
     def _locate(self, run: Run) -> Weights:
         """Return the files that the settings choose."""
@@ -203,9 +208,15 @@ class Wan:
             "config": digest_json(vae.facts(weights.config("vae"))),
             "posterior": "mode",
             "dtype": "float32",
+            **({"tiling": True} if self.settings.vae_enable_tiling else {}),
         }
 
     def _load_vae(self, run: Run) -> Any:
         from trainer_wan import vae
 
-        return vae.load(self._fitting(run).component("vae"), device=run.device)
+        return vae.load(
+            self._fitting(run).component("vae"),
+            device=run.device,
+            tiling=self.settings.vae_enable_tiling,
+            slicing=self.settings.vae_enable_slicing,
+        )
