@@ -98,7 +98,10 @@ class Wan:
                 way_out="Remove compile_blocks or enable_chunked_feed_forward.",
             )
             raise ConfigError([problem])
-        for sentence in (said, attention.check(self.settings.attention_mechanism)):
+        slicing = None
+        if self.settings.vae_enable_slicing and run.settings.vae_batch_size == 1:
+            slicing = "vae_enable_slicing has no effect: it acts with vae_batch_size above 1 only"
+        for sentence in (said, slicing, attention.check(self.settings.attention_mechanism)):
             if sentence is not None:
                 run.say_once(sentence)
 
@@ -285,6 +288,7 @@ class Wan:
             "config": digest_json(vae.facts(weights.config("vae"))),
             "posterior": "mode",
             "dtype": "float32",
+            **({"tiling": True} if self.settings.vae_enable_tiling else {}),
         }
 
     def _sketch_model(self, run: Run) -> WanModel:
@@ -312,7 +316,12 @@ class Wan:
     def _load_vae(self, run: Run) -> Any:
         from trainer_wan import vae
 
-        return vae.load(self._fitting(run).component("vae"), device=run.device)
+        return vae.load(
+            self._fitting(run).component("vae"),
+            device=run.device,
+            tiling=self.settings.vae_enable_tiling,
+            slicing=self.settings.vae_enable_slicing,
+        )
 
 
 def _place(run: Run) -> dict[str, Any]:
