@@ -46,27 +46,44 @@ def by_layer(tensors: Mapping[str, Tensor], *, prefix: str = "") -> dict[str, di
 
 
 def weight_change(layer: Layer, weight: Tensor) -> Tensor:
-    """Return W' - W (out, in) of a layer in float64.
+    """Return W' - W (out, in) of a layer, as :func:`widened` has it.
 
-    layer: its tensors by part, as in the file. weight: W, for DoRA, which scales the sum of W and change.
+    layer: its tensors by part, as in the file, where W lies. weight: W, for DoRA, which scales the sum of
+    W and change.
     """
-    parts = {name: value.detach().double() for name, value in layer.items()}
+    scaled = "dora_scale" in layer
+    parts = {name: widened(value, scaled=scaled) for name, value in layer.items()}
     change = _product(parts).reshape(weight.shape)
     if "dora_scale" not in parts:
         return change
-    whole = weight.detach().double() + change
+    frozen = widened(weight, scaled=True)
+    whole = frozen + change
     magnitude = parts["dora_scale"]  # (out, 1): a norm for each row; (1, in): for each column
     if magnitude.shape not in ((whole.shape[0], 1), (1, whole.shape[1])):
         raise CheckpointError(f"dora_scale has shape {tuple(magnitude.shape)}")
     along = 1 if magnitude.shape == (whole.shape[0], 1) else 0
     norm = whole.norm(dim=along, keepdim=True)
-    changed: Tensor = magnitude / norm * whole - weight.detach().double()
+    changed: Tensor = magnitude / norm * whole - frozen
     return changed
 
 
+def widened(value: Tensor, *, scaled: bool) -> Tensor:
+    """Return a tensor in the precision that changes are compared in.
+
+    float32; scaled: float64, since the change of a DoRA is a small difference of large numbers. float64
+    comes on the CPU where the device has none.
+    """
+    import torch
+
+    if not scaled:
+        return value.detach().float()
+    on = "cpu" if value.device.type == "mps" else value.device
+    return value.detach().to(on, torch.float64)
+
+
 def bias_change(layer: Layer) -> Tensor | None:
-    """Return b' - b (out,) of a layer in float64; None where the adapter leaves the bias alone."""
-    return layer["diff_b"].detach().double() if "diff_b" in layer else None
+    """Return b' - b (out,) of a layer; None where the adapter leaves the bias alone."""
+    return widened(layer["diff_b"], scaled=False) if "diff_b" in layer else None
 
 
 def _product(parts: Layer) -> Tensor:

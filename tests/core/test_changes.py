@@ -20,6 +20,12 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 WEIGHT = draw(OUT, IN, seed=9)
 
 
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Equal to the digits of float32, which changes without DoRA are compared in."""
+    assert found.dtype == torch.float32
+    assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+
+
 def entries(of, out: int = OUT, into: int = IN) -> torch.Tensor:
     rows = [[float(of(i, j)) for j in range(into)] for i in range(out)]
     return torch.tensor(rows, dtype=torch.float64)
@@ -34,9 +40,9 @@ def test_lora_is_alpha_over_rank_times_the_product(names):
     wanted = entries(
         lambda i, j: 3 * sum(up[i, r].double() * down[r, j].double() for r in range(RANK))
     )
-    torch.testing.assert_close(weight_change(layer, WEIGHT), wanted, rtol=1e-12, atol=0)
+    close(weight_change(layer, WEIGHT), wanted)
     layer.pop("alpha")
-    torch.testing.assert_close(weight_change(layer, WEIGHT), wanted / 3, rtol=1e-12, atol=0)
+    close(weight_change(layer, WEIGHT), wanted / 3)
 
 
 def test_loha_is_the_entrywise_product_of_two_of_them():
@@ -49,19 +55,19 @@ def test_loha_is_the_entrywise_product_of_two_of_them():
 
     wanted = entries(lambda i, j: 0.5 * low_rank(1, i, j) * low_rank(2, i, j))
     layer = {**w, "alpha": torch.tensor(1.0)}
-    torch.testing.assert_close(weight_change(layer, WEIGHT), wanted, rtol=1e-12, atol=0)
+    close(weight_change(layer, WEIGHT), wanted)
 
 
 def test_lokr_is_the_kronecker_product_and_whole_matrices_have_no_scale():
     w1, w2 = draw(2, 4, seed=3), draw(3, 2, seed=4)
     wanted = entries(lambda i, j: w1[i // 3, j // 2].double() * w2[i % 3, j % 2].double())
     whole = {"lokr_w1": w1, "lokr_w2": w2, "alpha": torch.tensor(7.0)}
-    torch.testing.assert_close(weight_change(whole, WEIGHT), wanted, rtol=1e-12, atol=0)
+    close(weight_change(whole, WEIGHT), wanted)
     a, b = draw(3, 1, seed=5), draw(1, 2, seed=6)
     split = {"lokr_w1": w1, "lokr_w2_a": a, "lokr_w2_b": b, "alpha": torch.tensor(7.0)}
     product = a.double() @ b.double()
     wanted = entries(lambda i, j: 7 * w1[i // 3, j // 2].double() * product[i % 3, j % 2])
-    torch.testing.assert_close(weight_change(split, WEIGHT), wanted, rtol=1e-12, atol=0)
+    close(weight_change(split, WEIGHT), wanted)
 
 
 @pytest.mark.parametrize("along", [1, 0])
@@ -80,8 +86,8 @@ def test_dora_gives_each_row_or_column_of_the_sum_its_length(along: int):
 
 def test_full_changes_are_what_they_are():
     layer = {"diff": draw(OUT, IN), "diff_b": draw(OUT)}
-    assert torch.equal(weight_change(layer, WEIGHT), layer["diff"].double())
-    assert torch.equal(bias_change(layer), layer["diff_b"].double())
+    assert torch.equal(weight_change(layer, WEIGHT), layer["diff"])
+    assert torch.equal(bias_change(layer), layer["diff_b"])
     assert bias_change({"diff": layer["diff"]}) is None
 
 

@@ -103,7 +103,7 @@ def test_an_adapter_trains_resumes_and_loads_elsewhere(kind: str, call: Call, wo
     code, said = call("export", through, "--format", "comfyui")
     assert code == 0, said
     exported = world / through / "export" / f"{kind}-comfyui.safetensors"
-    check_metadata(exported, kind)
+    assert check_metadata(exported, kind) == check_metadata(world / through / OWN, kind)
     theirs = changes_by_formula(world, exported)
     assert theirs.keys() == ours.keys()
     for name, change in ours.items():
@@ -213,7 +213,8 @@ def test_wrong_calls_exit_2_without_a_traceback(call: Call, world: Path):
     assert not (world / "adapters" / "wrong" / "export").exists()
 
 
-def check_metadata(path: Path, kind: str) -> None:
+def check_metadata(path: Path, kind: str) -> str:
+    """Return the digest of the settings."""
     with safe_open(path, framework="pt") as file:
         told = file.metadata()
     digest = told.pop("settings_digest")
@@ -224,6 +225,7 @@ def check_metadata(path: Path, kind: str) -> None:
     }  # fmt: skip
     assert wanted.items() <= told.items()
     assert ("rank" in told) == (kind != "full")
+    return digest
 
 
 def transformer(world: Path) -> Any:

@@ -1,7 +1,7 @@
 """LoRA (https://arxiv.org/abs/2106.09685): y = W x + alpha / r * B A x, W frozen.
 
 With DoRA (https://arxiv.org/abs/2402.09353) each row of W + alpha / r * B A gets a trained length m.
-Knows nothing of the trainer. peft does the layers; here is what a reproducible run adds to them: an
+Knows nothing of a run. peft does the layers; here is what a reproducible run adds to them: an
 initialisation that never touches the global random state.
 """
 
@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from trainer_core.changes import widened
 from trainer_lora.shape import Shape, match
 
 if TYPE_CHECKING:
@@ -111,18 +112,22 @@ def frozen(layer: Any) -> Tensor:
 
 
 def change(layer: Any) -> Tensor:
-    """Return W' - W (out, in) in float64: what the adapter of a layer adds, with its live scale."""
+    """Return W' - W (out, in): what the adapter of a layer adds, with its live scale.
+
+    In float32; with DoRA in float64, since W' and W are nearly the same.
+    """
     import torch
 
+    has_lengths = ADAPTER in layer.lora_magnitude_vector
     with torch.no_grad():
-        a = layer.lora_A[ADAPTER].weight.double()
-        b = layer.lora_B[ADAPTER].weight.double()
+        a = widened(layer.lora_A[ADAPTER].weight, scaled=has_lengths)
+        b = widened(layer.lora_B[ADAPTER].weight, scaled=has_lengths)
         low_rank = b @ a
         scaling = layer.scaling[ADAPTER]
-        if ADAPTER not in layer.lora_magnitude_vector:
+        if not has_lengths:
             return scaling * low_rank
         dora = layer.lora_magnitude_vector[ADAPTER]
-        weight = frozen(layer).double()
+        weight = widened(frozen(layer), scaled=True)
         norm = dora.get_weight_norm(weight, low_rank, scaling)
-        factor = (dora.weight.double() / norm).view(-1, 1)
+        factor = (widened(dora.weight, scaled=True) / norm).view(-1, 1)
         return factor * (weight + scaling * low_rank) - weight

@@ -72,8 +72,9 @@ def test_what_a_layer_adds_is_the_librarys_own_forward(tiny: Any, tmp_path: Path
         with torch.no_grad():
             base = layer.base_layer(x)
             bias = layer.lycoris.diff_b if isinstance(layer.lycoris, Full) else None
-            wanted = x @ change.T + (0 if bias is None else bias)
-            torch.testing.assert_close(layer(x) - base, wanted, rtol=1e-9, atol=1e-12)
+            wanted = x @ change.double().T + (0 if bias is None else bias)
+            off = (layer(x) - base - wanted).abs().max()
+            assert off <= 1e-5 * wanted.abs().max()
             if not isinstance(layer.lycoris, Full):
                 layer.lycoris.bypass_mode = "rebuilt" not in kind and "dora" not in kind
                 torch.testing.assert_close(layer.lycoris(x), layer(x), rtol=1e-9, atol=1e-12)

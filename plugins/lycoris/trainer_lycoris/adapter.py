@@ -1,6 +1,6 @@
 """LoKr, LoHa, LoCon and full adapters: y = W x + dW x, W frozen.
 
-Knows nothing of the trainer. lycoris-lora holds the factors and makes dW of them; here is what a
+Knows nothing of a run. lycoris-lora holds the factors and makes dW of them; here is what a
 reproducible run adds: a start from a seed of the layer's own, a place in the module tree, and products
 that never round dW to the precision of W (the library adds both in W's dtype, then subtracts W).
 """
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer_core.changes import widened
 from trainer_lycoris.options import Form
 
 CHILD = "lycoris"
@@ -193,10 +194,15 @@ def frozen(layer: Adapted) -> Tensor:
 
 
 def exact_change(layer: Adapted) -> Tensor:
-    """Return W' - W (out, in) in float64, made by the library of the live factors."""
-    twin = build(layer.base_layer, layer.form, seed=0).to(layer.weight.device).double().eval()
+    """Return W' - W (out, in), made by the library of the live factors.
+
+    In float32; with DoRA in float64, since W' and W are nearly the same.
+    """
+    scaled = bool(layer.form.dora_wd)
+    twin = build(layer.base_layer, layer.form, seed=0).eval()
     live = parameters(layer)
     with torch.no_grad():
         for name, value in twin.named_parameters():
-            value.copy_(live[name])
-        return change_of(twin, layer.form, frozen(layer), training=False).double()
+            value.data = widened(live[name], scaled=scaled)
+        weight = widened(frozen(layer), scaled=scaled) if scaled else frozen(layer)
+        return change_of(twin, layer.form, weight, training=False).detach()

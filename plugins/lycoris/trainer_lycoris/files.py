@@ -124,6 +124,6 @@ def _pairs(
         if "diff_b" in parts:
             yield (
                 name + BIAS,
-                parameters(layer)["diff_b"].detach().double(),
-                parts["diff_b"].double(),
+                parameters(layer)["diff_b"].detach().float(),
+                parts["diff_b"],
             )

@@ -215,7 +215,7 @@ def _live(module: nn.Module) -> Iterator[LiveLayer]:
             name,
             frozen(layer),
             exact_change(layer),
-            None if bias is None else bias.detach().double(),
+            None if bias is None else bias.detach().float(),
         )
 
 

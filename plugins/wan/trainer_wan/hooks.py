@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer_core.capabilities import Blocks, CountedBlocks, NativeNames, SamplingGrid, TokenGrid
+from trainer_core.errors import ConfigError, Problem
 from trainer_core.files import digest_json, replace_folder
 from trainer_core.hookspecs import hookimpl
 from trainer_core.run import IMAGE_EMBEDS_OF
@@ -88,8 +89,19 @@ class Wan:
 
     def check(self, run: Run) -> None:
         """Refuse what cannot be computed here; say what is computed otherwise than asked."""
-        _, said = chunk_of(self.settings)
-        for sentence in (said, attention.check(self.settings.attention_mechanism)):
+        chunk, said = chunk_of(self.settings)
+        if chunk and run.settings.compile_blocks:
+            problem = Problem(
+                "compile_blocks",
+                "a compiled block is one piece, and the feed-forward is to be computed in chunks.",
+                value=True,
+                way_out="Remove compile_blocks or enable_chunked_feed_forward.",
+            )
+            raise ConfigError([problem])
+        slicing = None
+        if self.settings.vae_enable_slicing and run.settings.vae_batch_size == 1:
+            slicing = "vae_enable_slicing has no effect: it acts with vae_batch_size above 1 only"
+        for sentence in (said, slicing, attention.check(self.settings.attention_mechanism)):
             if sentence is not None:
                 run.say_once(sentence)
 
@@ -276,6 +288,7 @@ class Wan:
             "config": digest_json(vae.facts(weights.config("vae"))),
             "posterior": "mode",
             "dtype": "float32",
+            **({"tiling": True} if self.settings.vae_enable_tiling else {}),
         }
 
     def _sketch_model(self, run: Run) -> WanModel:
@@ -303,7 +316,12 @@ class Wan:
     def _load_vae(self, run: Run) -> Any:
         from trainer_wan import vae
 
-        return vae.load(self._fitting(run).component("vae"), device=run.device)
+        return vae.load(
+            self._fitting(run).component("vae"),
+            device=run.device,
+            tiling=self.settings.vae_enable_tiling,
+            slicing=self.settings.vae_enable_slicing,
+        )
 
 
 def _place(run: Run) -> dict[str, Any]:
