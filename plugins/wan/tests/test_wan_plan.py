@@ -149,7 +149,8 @@ def test_the_ladder_tries_what_costs_least_first_and_skips_what_does_not_help(wo
     less, _ = foretold(world, gradient_checkpointing=True)
     asked: list[Mapping[str, Any]] = []
 
-    def forecast(values: Mapping[str, Any]) -> rehearse.Forecast | None:
+    def forecast(values: Mapping[str, Any], encoders: bool) -> rehearse.Forecast | None:
+        assert not encoders
         asked.append(values)
         return {"useless": begin, "refused": None}.get(next(reversed(values)), less)
 
