@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def interrupted(world: Path, **arguments: Any) -> Finished:
     return train(world, **arguments)
 
 
-def exported(done: Finished, plugins: dict[str, type]) -> list[Any]:
+def exported(done: Finished, plugins: Mapping[str, type]) -> list[Any]:
     catalogue = Catalogue.of(plugins)
     resolved = settings_of(done.folder, args=(), catalogue=catalogue)
     host = build(resolved, catalogue=catalogue)
@@ -117,3 +118,60 @@ def test_beside_weights_in_8_bits(world: Path, content: Any):
     assert again.weights() == done.weights()
     (one,) = exported(done, plugins)
     assert one.error <= 1e-5
+
+
+def as_kohya(path: Path) -> Path:
+    """Rename a run's own file as kohya's scripts write it: whole blocks, alpha beside."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    names = {"attn1.to_": "self_attn_", "attn2.to_": "cross_attn_", "out.0": "o"}
+    tensors = {}
+    for name, value in load_file(path).items():
+        layer, _, part = name.removeprefix("transformer.").partition(".lora_")
+        for ours, theirs in names.items():
+            layer = layer.replace(ours, theirs)
+        start = f"lora_unet_{layer.replace('.', '_')}"
+        tensors[f"{start}.lora_{'down' if part[0] == 'A' else 'up'}.weight"] = value
+        tensors[f"{start}.alpha"] = torch.tensor(2.0)
+    for block in range(2):  # diffusers reads such files with feed-forward layers only
+        for number, (out, into) in ((0, (96, 48)), (2, (48, 96))):
+            start = f"lora_unet_blocks_{block}_ffn_{number}"
+            tensors |= {
+                f"{start}.lora_down.weight": torch.zeros(3, into),
+                f"{start}.lora_up.weight": torch.zeros(out, 3),
+                f"{start}.alpha": torch.tensor(2.0),
+            }
+    save_file(tensors, path.with_name("kohya.safetensors"))
+    return path.with_name("kohya.safetensors")
+
+
+@pytest.mark.parametrize("source", ["own", "comfyui", "kohya"])
+def test_a_t2v_lora_starts_an_i2v_run(world: Path, source: str):
+    """From the run's own file, or from the exported one, which many LoRA on the web look like."""
+    lora = pytest.importorskip("trainer_lora")
+    clip = pytest.importorskip("trainer_clip")
+    plugins = {"wan": wan.Wan, "umt5": umt5.Umt5, "lora": lora.Lora, "clip": clip.Clip}
+    core = {**CORE, "lora_type": "standard", "lora_rank": 3, "lora_alpha": 2, "max_train_steps": 2}
+    named = ["wan", "lora"]
+    done = train(
+        world, plugins=plugins, named=named, output=f"t2v-{source}",
+        settings={**core, **checkpoint(world, "t2v-480p-1.3b-2.1")},
+    )  # fmt: skip
+    path = done.folder / "pytorch_lora_weights.safetensors"
+    if source == "comfyui":
+        (one,) = exported(done, plugins)
+        path = one.path
+    if source == "kohya":
+        path = as_kohya(path)
+    settings = {**core, **checkpoint(world, "i2v-14b-2.1"), "init_lora": str(path)}
+    number = 16
+    if source == "kohya":
+        targets = "to_q,to_k,to_v,to_out.0,ffn.net.0.proj,ffn.net.2"
+        settings["peft_lora_target_modules"], number = targets, 20
+    i2v = train(world, plugins=plugins, named=named, settings=settings, output=f"i2v-{source}")
+    assert f"transformer starts from {number} layers of {path}." in i2v.said
+    fresh = {k: v for k, v in settings.items() if k != "init_lora"}
+    plain = train(world, plugins=plugins, named=named, settings=fresh, output=f"plain-{source}")
+    assert plain.draws == i2v.draws
+    assert plain.steps[0]["loss"] != i2v.steps[0]["loss"]
