@@ -11,6 +11,7 @@ from trainer_core.errors import PluginError
 from trainer_core.types import (
     Artifact,
     Encoder,
+    Exported,
     ModelSpec,
     ParameterGroup,
     Residency,
@@ -149,11 +150,15 @@ _WANTED: Mapping[str, tuple[Fits, str]] = {
     ),
     "route_tokens": (_are_routes, "a Route, or a list of them, with the plugin's own name in it"),
     "offload": (
-        lambda a, _: isinstance(a, (Residency, AbstractContextManager)),
-        "a Residency at set-up, a context manager in a phase",
+        lambda a, _: (
+            isinstance(a, (Residency, AbstractContextManager))
+            or (bool(a) and _all_are(a, Residency))
+        ),
+        "a Residency or one for each role at set-up, a context manager in a phase",
     ),
     "build_optimizer": (_is_optimizer, "a torch optimiser"),
     "save_weights": (lambda a, _: _all_are(a, str), "a list of file names"),
+    "export_weights": (lambda a, _: isinstance(a, Exported), "an Exported"),
     "load_weights": (lambda a, _: isinstance(a, bool), "True or False"),
     "validate": (
         _are_artifacts,

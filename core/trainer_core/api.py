@@ -10,7 +10,7 @@ from trainer_core.errors import (
     TrainerError,
 )
 from trainer_core.hookspecs import hookimpl
-from trainer_core.run import DROP_VAE_ENCODER, FORCE_KEEP, Key, Run
+from trainer_core.run import DROP_VAE_ENCODER, FORCE_KEEP, MODEL_ASIDE, QUANTISE_ENCODER, Key, Run
 from trainer_core.settings.keys import PluginSettings, key
 from trainer_core.types import (
     API_VERSION,
@@ -18,8 +18,10 @@ from trainer_core.types import (
     Batch,
     EncodedTensor,
     Encoder,
+    EncoderQuantiser,
     EncoderSample,
     Expert,
+    Exported,
     ForwardPlan,
     LoadedEncoder,
     LossTerm,
@@ -40,11 +42,11 @@ from trainer_core.types import (
 __all__ = [
     # writing a plugin
     "API_VERSION", "PluginInfo", "PluginSettings", "key", "hookimpl", "Run", "Key", "FORCE_KEEP",
-    "DROP_VAE_ENCODER",
+    "DROP_VAE_ENCODER", "MODEL_ASIDE", "QUANTISE_ENCODER",
     # what hooks take and return
-    "Artifact", "Batch", "EncodedTensor", "Encoder", "EncoderSample", "Expert", "ForwardPlan",
-    "LoadedEncoder", "LossTerm", "ModelInputs", "ModelSpec", "Moment", "ParameterGroup", "Placement",
-    "Prompt", "Record", "Residency", "Route", "StepOutput", "TapResult",
+    "Artifact", "Batch", "EncodedTensor", "Encoder", "EncoderQuantiser", "EncoderSample", "Expert",
+    "Exported", "ForwardPlan", "LoadedEncoder", "LossTerm", "ModelInputs", "ModelSpec", "Moment",
+    "ParameterGroup", "Placement", "Prompt", "Record", "Residency", "Route", "StepOutput", "TapResult",
     # errors
     "TrainerError", "Problem", "ConfigError", "PluginError", "DataError", "ModelError",
     "CheckpointError",

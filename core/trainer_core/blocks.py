@@ -242,7 +242,10 @@ class BlockStack:
         if residency is None or not with_grad:
             return run(tokens)
         marks = _BackwardVisit(residency, index, closed_by_input=tokens.requires_grad)
-        return _mark(_BeforeBackward, run(_mark(_AfterBackward, tokens, marks)), marks)
+        hidden = _mark(_AfterBackward, tokens, marks)
+        with residency.saving(index) if residency.saving is not None else nullcontext():
+            hidden = run(hidden)
+        return _mark(_BeforeBackward, hidden, marks)
 
 
 def arrange(

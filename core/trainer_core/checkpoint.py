@@ -180,13 +180,17 @@ def prune(output_dir: Path, *, keep: int, spare: int | None = None) -> None:
 
 def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     """Write an optimiser's state: tensors as safetensors, the rest as JSON."""
-    state = optimizer.state_dict()
+    # torch's own form, whatever a subclass wraps around it: it is written back entry by entry
+    state = torch.optim.Optimizer.state_dict(optimizer)
     tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
     plain: dict[str, dict[str, Any]] = {}
     for index, entry in state["state"].items():
         for name, value in entry.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}/{name}"] = value
+                shared = value.numel() and value.data_ptr() in seen  # such as one table for all
+                seen.add(value.data_ptr())
+                tensors[f"{index}/{name}"] = value.clone() if shared else value
             else:
                 plain.setdefault(str(index), {})[name] = value
     groups: list[dict[str, Any]] = []

@@ -11,6 +11,8 @@ from trainer_core.optim import trained_dtype
 from trainer_core.settings.core import CoreSettings
 from trainer_core.types import Placement
 
+_STORED = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
 
 def world() -> tuple[int, int]:
     """Return (rank, number of processes); more than one process is refused."""
@@ -31,7 +33,14 @@ def placement(settings: CoreSettings) -> Placement:
         model_type=settings.model_type,
         mixed_precision=settings.mixed_precision,
     )
-    return Placement(device=device, dtype=dtype, trained_dtype=trained)
+    stored = None
+    if settings.base_model_precision != "no_change" and settings.base_model_default_dtype:
+        stored = _STORED[settings.base_model_default_dtype]
+    if stored == torch.bfloat16 and dtype == torch.float32:
+        text = "needs mixed_precision bf16: with no, products are in float32."
+        way_out = "Set mixed_precision to bf16, or remove the key."
+        raise ConfigError([Problem("base_model_default_dtype", text, "bf16", way_out=way_out)])
+    return Placement(device=device, dtype=dtype, trained_dtype=trained, stored_dtype=stored)
 
 
 def _device(name: str) -> torch.device:

@@ -15,10 +15,11 @@ from trainer_core.data import CachedData, Loader
 from trainer_core.errors import PluginError
 from trainer_core.flow import SigmaSampler, draw_inputs
 from trainer_core.metrics import Meter
-from trainer_core.optim import clip_gradients, learning_rate
+from trainer_core.optim import clip_gradients, learning_rate, update
 from trainer_core.phases import phase, residency
 from trainer_core.plugins import Host
 from trainer_core.progress import Display
+from trainer_core.reach import backward
 from trainer_core.reporting import Reporter
 from trainer_core.run import Run
 from trainer_core.training import (
@@ -38,7 +39,6 @@ def setup(
     run: Run, host: Host, data: CachedData, *, display: Display, start: persistence.Start
 ) -> Training:
     """Load the model, let plugins attach, compose what acts inside the forward, resume."""
-    settings = run.settings
     model = host.hooks.load_model(run=run)  # HOOK first result, wrapped
     run.model = checked_model(model, host)
     for plugin in host.plugins.values():
@@ -52,9 +52,9 @@ def setup(
     training = Training(
         run=run, host=host, display=display, events=start.events, trackers=start.trackers,
         meter=Meter(), groups=groups, routes=routes, optimizer=optimizer, ema=averaged(run),
-        sampler=SigmaSampler(settings, run.spec.experts), loader=loader,
-        eval_batches=loader.eval_batches(settings.num_eval_images),
-        total_steps=persistence.total_steps(settings, loader.batches_per_epoch), run_id=start.run_id,
+        sampler=SigmaSampler(run.settings, run.spec.experts), loader=loader, run_id=start.run_id,
+        eval_batches=loader.eval_batches(run.settings.num_eval_images),
+        total_steps=persistence.total_steps(run.settings, loader.batches_per_epoch),
         data_digest=data.plan.digest, identity=start.identity, saved_step=start.step, step=start.step,
     )  # fmt: skip
     persistence.restore(training, start.checkpoint)
@@ -70,8 +70,8 @@ def inside_the_forward(run: Run, host: Host) -> Sequence[Route]:
         if flat or moves:
             raise PluginError("a plugin routes tokens or moves blocks, but the model has no Blocks")
         return ()
-    for stack in run.model.stacks().values():
-        arrange(stack, run.settings, residency=moves)
+    for role, stack in run.model.stacks().items():
+        arrange(stack, run.settings, residency=moves.get(role, moves.get(None)))
     return compose_routes(flat, min(len(stack) for stack in run.model.stacks().values()))
 
 
@@ -99,7 +99,7 @@ def train_step(training: Training, batches: Sequence[Batch]) -> dict[str, Any]:
             terms = loss_terms(host, run, batch, StepOutput(prediction, inputs, taps))
             loss = torch.stack([term.value for term in terms]).sum(0).mean()
         with phase(host, run, "backward"):
-            loss.backward(torch.full_like(loss, share))  # type: ignore[no-untyped-call]  # torch's own
+            backward(training, loss, share, role=inputs.role)
         summed = {"loss": loss}
         for term in terms:
             summed |= {term.name: term.value.detach().mean(), **term.metrics}
@@ -115,7 +115,7 @@ def train_step(training: Training, batches: Sequence[Batch]) -> dict[str, Any]:
             rate = learning_rate(step, settings=settings, base=base, total=training.total_steps)
             group["lr"] = rate
         scalars["lr"] = training.optimizer.param_groups[0]["lr"]
-        training.optimizer.step()
+        update(training.optimizer)
         if training.ema is not None:
             training.ema.update(step)
         training.optimizer.zero_grad(set_to_none=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,12 +33,7 @@ class Optimizers:
     @hookimpl
     def build_optimizer(self, run: Run, groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
         """Return the optimiser that the settings name; core is asked last and refuses unknown ones."""
-        base = run.settings.learning_rate
-        param_groups = [
-            {"params": [p for _, p in group.parameters], "lr": group.learning_rate or base}
-            for group in groups
-        ]
-        optimizer = _build(run.settings, param_groups)
+        optimizer = _build(run.settings, param_groups(run.settings, groups))
         if optimizer is None:
             raise PluginError(
                 f"no plugin of this run built the optimizer {run.settings.optimizer!r}"
@@ -48,19 +43,49 @@ class Optimizers:
 
 def check_arguments(settings: OptimizerKeys) -> None:
     """Raise ConfigError where one of core's optimisers refuses ``optimizer_config``: before any work."""
-    _build(settings, [{"params": [nn.Parameter(torch.zeros(1))]}])
+    _build(settings, nothing())
+
+
+def nothing() -> list[dict[str, Any]]:
+    """Return param groups of one weight, to try an optimiser's arguments on."""
+    return [{"params": [nn.Parameter(torch.zeros(1))]}]
+
+
+def param_groups(settings: OptimizerKeys, groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:
+    """Return what an optimiser's constructor takes for the groups, in their order."""
+    base = settings.learning_rate
+    return [
+        {"params": [p for _, p in group.parameters], "lr": group.learning_rate or base}
+        for group in groups
+    ]
 
 
 def _build(
     settings: OptimizerKeys, param_groups: Sequence[dict[str, Any]]
 ) -> torch.optim.Optimizer | None:
-    name, text = settings.optimizer, settings.optimizer_config
-    made = _factory(name)
+    made = _factory(settings.optimizer)
     if made is None:
         return None
     factory, defaults = made
+    return construct(factory, param_groups, settings=settings, defaults=defaults)
+
+
+def construct(
+    factory: Any,
+    param_groups: Sequence[dict[str, Any]],
+    *,
+    settings: OptimizerKeys,
+    defaults: Mapping[str, Any],
+    fixed: Sequence[str] = (),
+) -> torch.optim.Optimizer:
+    """Return ``factory(param_groups, lr=..., **arguments)``; for plugins that bring optimisers.
+
+    arguments: ``optimizer_config`` over ``defaults``. fixed: arguments that are nobody's to give.
+    ConfigError that names ``optimizer_config`` where the optimiser has no such argument or refuses it.
+    """
+    name, text = settings.optimizer, settings.optimizer_config
     given = parse_arguments(text)
-    _check_names(name, factory, given, text)
+    _check_names(name, factory, given, text, fixed=("params", "lr", *fixed))
     try:
         optimizer: torch.optim.Optimizer = factory(
             param_groups, lr=settings.learning_rate, **{**defaults, **given}
@@ -73,8 +98,10 @@ def _build(
     return optimizer
 
 
-def _check_names(name: str, factory: Any, given: Iterable[str], text: str | None) -> None:
-    takes = [word for word in inspect.signature(factory).parameters if word not in ("params", "lr")]
+def _check_names(
+    name: str, factory: Any, given: Iterable[str], text: str | None, *, fixed: Sequence[str]
+) -> None:
+    takes = [word for word in inspect.signature(factory).parameters if word not in fixed]
     for word in given:
         if word not in takes:
             known = f"It takes {', '.join(takes)}."
@@ -152,6 +179,21 @@ def schedule_sentence(settings: OptimizerKeys, total: int) -> str | None:
         f"during the whole run, to {last:.3g} at its last step, and lr_scheduler "
         f"{settings.lr_scheduler} never begins."
     )
+
+
+def update(optimizer: torch.optim.Optimizer) -> None:
+    """Do one step; a group without any gradient stays as it is, its step counter included.
+
+    Without gradient is the expert that no micro-batch of the step was drawn for. Optimisers pass over
+    its parameters, but those of torch-optimi count a step of the group all the same, and correct the bias
+    of its moments as if it had been taken.
+    """
+    groups = optimizer.param_groups
+    optimizer.param_groups = [g for g in groups if any(p.grad is not None for p in g["params"])]
+    try:
+        optimizer.step()
+    finally:
+        optimizer.param_groups = groups
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], *, limit: float, method: str) -> Tensor:

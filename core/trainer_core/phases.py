@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 from trainer_core.errors import PluginError
@@ -28,25 +29,30 @@ def phase(host: Host, run: Run, name: Phase) -> Iterator[None]:
         yield
 
 
-def residency(host: Host, run: Run) -> Residency | None:
-    """Return who moves the weights of the blocks, after checking that each module has one owner."""
+def residency(host: Host, run: Run) -> Mapping[str | None, Residency]:
+    """Return role → who moves the weights of its blocks; None stands for every other role.
+
+    Checks that each module has one owner, and that one plugin moves the blocks of a run.
+    """
     found: list[Residency] = []
-    for item in host.hooks.offload(run=run, phase=None):  # HOOK collected
-        if not isinstance(item, Residency):
-            raise PluginError(
-                f"a plugin answered offload(phase=None) with {type(item).__name__}; "
-                "at set-up it must be a Residency or None"
-            )
-        found.append(item)
-    for index, first in enumerate(found):
-        for second in found[index + 1 :]:
-            shared = sorted(set(first.modules) & set(second.modules))
-            if shared:
+    for answer in host.hooks.offload(run=run, phase=None):  # HOOK collected
+        for item in answer if isinstance(answer, Sequence) else [answer]:
+            if not isinstance(item, Residency):
                 raise PluginError(
-                    f"plugins {first.plugin} and {second.plugin} both want to move {shared[0]}; "
-                    "leave one of them out"
+                    f"a plugin answered offload(phase=None) with {type(item).__name__}; "
+                    "at set-up it must be a Residency or None"
                 )
-    if len(found) > 1:
-        names = " and ".join(item.plugin for item in found)
-        raise PluginError(f"plugins {names} both move blocks; one run takes one of them")
-    return found[0] if found else None
+            found.append(item)
+    for first, second in combinations(found, 2):
+        shared = sorted(set(first.modules) & set(second.modules))
+        if shared:
+            raise PluginError(
+                f"plugins {first.plugin} and {second.plugin} both want to move {shared[0]}; "
+                "leave one of them out"
+            )
+        if first.plugin != second.plugin or first.role == second.role:
+            raise PluginError(
+                f"plugins {first.plugin} and {second.plugin} both move blocks; one run takes one of "
+                "them"
+            )
+    return {item.role: item for item in found}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from trainer_core.distributed import peak_bytes
 from trainer_core.metrics import Row, check_finite
 from trainer_core.progress import step_note
+from trainer_core.reach import check_reach
 from trainer_core.training import num_tokens
 from trainer_core.types import Batch, Record
 
@@ -37,6 +38,7 @@ class Reporter:
     ) -> str | None:
         """Keep a step's scalars; at the interval or with ``flush`` read all and return a note."""
         training = self.training
+        check_reach(training)
         names = [name for batch in group for name in batch.sample_ids]
         training.meter.add(training.step, scalars, names)
         self._tokens += sum(num_tokens(training, batch.latents) for batch in group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     import torch
     from pydantic import BaseModel
     from torch import Tensor, nn
+
+    from trainer_core.planner.sketch import Sketch
 
 API_VERSION = 1
 """Number of the plugin interface. It changes only when a hook or a type changes incompatibly."""
@@ -36,6 +39,8 @@ class PluginInfo:
     after: names or roles whose wrappers and chained results it comes after (it lies outside them).
     exposes: for a model plugin, the capabilities its model will have, so that ``trainer check`` can
         answer without weights.
+    serves: ``"key=value"`` settings of others that need it too, such as
+        ``"model_flavour=i2v-14b-2.1"``: it joins every run that has one of them.
     """
 
     api: int = API_VERSION
@@ -48,6 +53,7 @@ class PluginInfo:
     conflicts: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     exposes: tuple[type, ...] = ()
+    serves: tuple[str, ...] = ()
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -77,6 +83,7 @@ class ModelSpec:
     experts: trained roles with their noise ranges, at least one.
     sentence: what is trained, in one sentence for the user.
     num_blocks: blocks of the smallest expert, None where that is not known without the weights.
+    needs: names of tensors that encoders must write beside ``latents``, with who has such an encoder.
     """
 
     name: str
@@ -88,6 +95,7 @@ class ModelSpec:
     sizes: tuple[tuple[int, int], ...] = ()
     sentence: str = ""
     num_blocks: int | None = None
+    needs: Mapping[str, str] = field(default_factory=dict)
 
     def snap_frames(self, frames: int) -> int:
         """Return the largest legal clip length that is not above ``frames`` (0 if there is none)."""
@@ -114,11 +122,28 @@ class BlockFlops:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and in which dtype ``load_model`` puts frozen weights and trained ones."""
+    """Where and in which dtype ``load_model`` puts frozen weights and trained ones.
+
+    dtype: of frozen weights and of products. trained_dtype: of trained weights. blocks: where the
+    frozen weights of the blocks are left, for who moves them to the device; None: on the device.
+    stored_dtype: of frozen weights, where it is not that of products.
+    """
 
     device: torch.device
     dtype: torch.dtype
     trained_dtype: torch.dtype
+    blocks: torch.device | None = None
+    stored_dtype: torch.dtype | None = None
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Dtype in which frozen weights are loaded."""
+        return self.stored_dtype or self.dtype
+
+    @property
+    def blocks_device(self) -> torch.device:
+        """Where the frozen weights of the blocks are loaded to."""
+        return self.blocks or self.device
 
 
 # --- encoding -------------------------------------------------------------------------------------
@@ -140,7 +165,13 @@ class Encoder:
     writes: the tensors of one sample. identity: JSON-able facts that decide the output bit by bit:
     weights digest, settings, dtype; called once before loading; it becomes part of the cache key.
     load: puts the network on ``run.device`` and returns it; core drops it after the last sample.
-    batch_size: samples per ``encode_batch`` call; groups are fixed by the plan.
+    batch_size: samples per ``encode_batch`` call; groups are fixed by the plan. keep: where outputs of
+    pixels are kept: "clips", a dataset's ``cache_dir_vae``, or "image_embeds", the place that its
+    ``conditioning_image_embeds`` names.
+    quantised: its weights are stored as ``text_encoder_1_precision`` says (see
+    ``trainer_core.QUANTISE_ENCODER``).
+    sketch: for ``trainer plan``: returns the network without contents, of its full size, without reading
+        weights; ``encode_batch`` gets it with samples without contents. None: nothing is told.
     """
 
     name: str
@@ -149,6 +180,20 @@ class Encoder:
     identity: Callable[[], Mapping[str, Any]]
     load: Callable[[], Any]
     batch_size: int = 1
+    keep: Literal["clips", "image_embeds"] = "clips"
+    quantised: bool = False
+    sketch: Callable[[Sketch], Any] | None = None
+
+
+@dataclass(frozen=True)
+class EncoderQuantiser:
+    """How a text encoder's weights are stored. identity: JSON-able facts for the encoder's identity.
+
+    apply: takes the network on the CPU and returns it on ``run.device``, its linear layers stored so.
+    """
+
+    identity: Mapping[str, Any]
+    apply: Callable[[nn.Module], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -241,13 +286,17 @@ class Residency:
     """Who moves the weights of which modules between memories.
 
     modules: qualified names below the model's roles; one owner per module. before(index, phase) and
-    after(index, phase) surround block ``index`` in phase "forward" and "backward".
+    after(index, phase) surround block ``index`` in phase "forward" and "backward". role: whose blocks
+    they are, None for those of every role. saving(index): surrounds the forward of a block with
+    gradients, outside of any checkpoint, such as hooks on what autograd saves.
     """
 
     plugin: str
     modules: tuple[str, ...]
     before: Callable[[int, str], None]
     after: Callable[[int, str], None]
+    role: str | None = None
+    saving: Callable[[int], AbstractContextManager[Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -294,6 +343,19 @@ class ParameterGroup:
     name: str
     parameters: Sequence[tuple[str, nn.Parameter]]
     learning_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file for another program that was written, read back and compared.
+
+    error: largest difference of a layer's weight change, relative to that change. reader: what read it.
+    """
+
+    path: Path
+    num_layers: int
+    error: float
+    reader: str
 
 
 # --- what a run shows -----------------------------------------------------------------------------

@@ -11,9 +11,7 @@ from types import ModuleType
 from trainer_core import capabilities, hookspecs, run, types
 from trainer_core.catalogue import Catalogue
 
-NO_USER_YET = {
-    "offload": "moving weights between memories comes as a plugin of its own",
-}
+NO_USER_YET: dict[str, str] = {}
 """Hook → why neither core nor a plugin of this repository implements it."""
 
 CORE_USES = {

@@ -85,7 +85,25 @@ class ModelKeys(PluginSettings):
     model_flavour: str | None = key(None, "Member of the family; its plugin lists them.")
     model_type: Literal["lora", "full"] = key("lora", "Train an adapter, or all weights.")
     lora_type: str = key("standard", "Kind of adapter; its plugin provides it.")
-    base_model_precision: str = key("no_change", "Storage of frozen weights.")
+    base_model_precision: str = key(
+        "no_change", "Storage of the blocks' frozen weights: no_change, or the value of a plugin."
+    )
+    base_model_default_dtype: Literal["bf16", "fp32"] | None = key(
+        None,
+        "With base_model_precision: storage of the frozen weights that it leaves alone; without it "
+        "mixed_precision decides.",
+    )
+    quantize_via: Literal["cpu", "accelerator"] = key(
+        "accelerator",
+        "With base_model_precision: where weights are quantised, block by block; the accelerator "
+        "never holds more than one block that is not.",
+    )
+    text_encoder_1_precision: str = key(
+        "no_change", "Storage of the text encoder's weights: no_change, or the value of a plugin."
+    )
+    text_encoder_2_precision: Literal["no_change"] = key(
+        "no_change", "No model here has a second text encoder, so there is nothing to change."
+    )
     pretrained_model_name_or_path: str | None = key(
         None,
         "Hub repository or folder of the model; without it the flavour's repository.",
@@ -256,9 +274,24 @@ class DataKeys(PluginSettings):
     )
     compress_disk_cache: bool = key(True, "Compress cache entries (zstandard).", free=True)
     cache_dir: str = key("cache", "Folder for what no dataset gives a folder for.", free=True)
+    offload_during_startup: bool = key(
+        True,
+        "One heavy component on the accelerator at a time until training begins; it is always so.",
+        free=True,
+    )
     verify_cache: bool = key(
         False, "Digest sources and cache entries again before training.", free=True
     )
+
+    @field_validator("offload_during_startup")
+    @classmethod
+    def _always(cls, value: bool) -> bool:
+        if not value:
+            raise ValueError(
+                "must be true: text encoder, VAE and model are never on the accelerator together "
+                "before training begins. Remove it"
+            )
+        return value
 
 
 class ValidationKeys(PluginSettings):

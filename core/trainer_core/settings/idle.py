@@ -43,7 +43,15 @@ def _downsamples(settings: CoreSettings) -> bool:
     return settings.maximum_image_size is not None and settings.target_downsample_size is not None
 
 
+def _quantised(settings: CoreSettings) -> bool:
+    return settings.base_model_precision != "no_change"
+
+
+_PRECISION = "a base_model_precision other than no_change"
+
 ACTS_WITH: Mapping[str, tuple[Condition, str]] = {
+    "base_model_default_dtype": (_quantised, _PRECISION),
+    "quantize_via": (_quantised, _PRECISION),
     "ema_decay": (_ema, "use_ema"),
     "gradient_checkpointing_interval": (_recomputes, "gradient_checkpointing"),
     "gradient_checkpointing_policy": (_recomputes, "gradient_checkpointing"),

@@ -152,6 +152,7 @@ class Tiny:
         width = self.settings.tiny_text_width or TEXT_WIDTH
         network, stack = build_network(self.settings.tiny_layers, seed=run.seed, text_width=width)
         network.to(run.device)
+        stack.blocks.to(run.placement.blocks_device)
         network.requires_grad_(run.settings.model_type == "full")
         return TinyModel(run.spec, network, stack)
 
