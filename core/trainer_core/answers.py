@@ -11,6 +11,7 @@ from trainer_core.errors import PluginError
 from trainer_core.types import (
     Artifact,
     Encoder,
+    Exported,
     ModelSpec,
     ParameterGroup,
     Residency,
@@ -157,6 +158,7 @@ _WANTED: Mapping[str, tuple[Fits, str]] = {
     ),
     "build_optimizer": (_is_optimizer, "a torch optimiser"),
     "save_weights": (lambda a, _: _all_are(a, str), "a list of file names"),
+    "export_weights": (lambda a, _: isinstance(a, Exported), "an Exported"),
     "load_weights": (lambda a, _: isinstance(a, bool), "True or False"),
     "validate": (
         _are_artifacts,

@@ -21,6 +21,7 @@ from trainer_core.types import (
     EncoderQuantiser,
     EncoderSample,
     Expert,
+    Exported,
     ForwardPlan,
     LoadedEncoder,
     LossTerm,
@@ -44,7 +45,7 @@ __all__ = [
     "DROP_VAE_ENCODER", "MODEL_ASIDE", "QUANTISE_ENCODER",
     # what hooks take and return
     "Artifact", "Batch", "EncodedTensor", "Encoder", "EncoderQuantiser", "EncoderSample", "Expert",
-    "ForwardPlan", "LoadedEncoder", "LossTerm", "ModelInputs", "ModelSpec", "Moment",
+    "Exported", "ForwardPlan", "LoadedEncoder", "LossTerm", "ModelInputs", "ModelSpec", "Moment",
     "ParameterGroup", "Placement", "Prompt", "Record", "Residency", "Route", "StepOutput", "TapResult",
     # errors
     "TrainerError", "Problem", "ConfigError", "PluginError", "DataError", "ModelError",

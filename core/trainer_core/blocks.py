@@ -7,26 +7,29 @@ index that is drawn again in a recompute gives a wrong gradient without any erro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from trainer_core.errors import PluginError
+from trainer_core.errors import ConfigError, PluginError, Problem
+from trainer_core.recompute import FFN, CheckpointPolicy, Part, checkpointed
 from trainer_core.types import ForwardPlan, Moment, Residency, Route, TapResult
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-CheckpointPolicy = Literal["none", "full"]
-"""What is recomputed in the backward pass: nothing, or each block from its input."""
+    from trainer_core.settings.core import CoreSettings
 
-BlockCall = Callable[["nn.Module", "Tensor", Mapping[str, "Tensor"], Mapping[str, Any]], "Tensor"]
-"""``call(block, tokens, per_token, shared)`` returns the tokens behind it, shape unchanged."""
+BlockCall = Callable[..., "Tensor"]
+"""``call(block, tokens, per_token, shared)`` returns the tokens behind it, shape unchanged.
+
+The call of a stack with parts also takes ``part=``, a :data:`trainer_core.recompute.Part`.
+"""
 
 
 @dataclass(frozen=True)
@@ -126,14 +129,27 @@ class BlockStack:
 
     blocks: the ModuleList; blocks are looked up at every run and called as modules, so adapters,
     quantised layers and hooks stay in force. policy: see :data:`CheckpointPolicy`; it acts only
-    while the blocks are in training mode with gradients on. residency: who moves the weights, None
-    for nobody; core sets it. Its "forward" visits surround every computation of a block, the
-    recompute of checkpointing included (inside the block's "backward" visit).
+    while the blocks are in training mode with gradients on, and only on every ``interval``-th block,
+    the first one included. parts: names of the parts of a block, where its call knows ``part=``.
+    recomputed: those that are recomputed under any policy, such as what a model computes in chunks.
+    residency: who moves the weights, None for nobody; core sets it. Its "forward" visits surround every
+    computation of a block or of a part, the recompute of checkpointing included (inside the block's
+    "backward" visit).
     """
 
-    def __init__(self, blocks: nn.ModuleList, *, policy: CheckpointPolicy = "none") -> None:
+    def __init__(
+        self,
+        blocks: nn.ModuleList,
+        *,
+        policy: CheckpointPolicy = "none",
+        interval: int = 1,
+        parts: Iterable[str] = (),
+    ) -> None:
         self.blocks = blocks
+        self.parts = frozenset(parts)
+        self.recomputed: frozenset[str] = frozenset()
         self.policy = policy
+        self.interval = interval
         self.residency: Residency | None = None
 
     def __len__(self) -> int:
@@ -149,6 +165,8 @@ class BlockStack:
         known = get_args(CheckpointPolicy)
         if policy not in known:
             raise PluginError(f"checkpoint policy {policy!r} is not one of {', '.join(known)}")
+        if policy == FFN and FFN not in self.parts:
+            raise PluginError(f"the model's blocks have no part that is called {FFN!r}")
         self._policy = policy
 
     def run(
@@ -205,31 +223,90 @@ class BlockStack:
         shared: Mapping[str, Any],
     ) -> Tensor:
         residency = self.residency
+        with_grad = torch.is_grad_enabled()
+        trains = with_grad and self.blocks.training
+        policy = self.policy if trains and index % self.interval == 0 else "none"
+        again = self.recomputed | ({FFN} if policy == FFN else set()) if trains else frozenset()
+        visit = partial(_visit, residency, index)
 
         def compute(hidden: Tensor) -> Tensor:
-            # Also runs in a recompute, which stops early by an exception: hence finally.
-            if residency is None:
-                return call(block, hidden, per_token, shared)
-            residency.before(index, "forward")
-            try:
-                return call(block, hidden, per_token, shared)
-            finally:
-                residency.after(index, "forward")
+            # Also runs in a recompute, which stops early by an exception: hence the context.
+            with visit():
+                if not again:
+                    return call(block, hidden, per_token, shared)
+                return call(block, hidden, per_token, shared, part=_recomputing(again, visit))
 
-        with_grad = torch.is_grad_enabled()
-        recompute = self.policy == "full" and with_grad and self.blocks.training
+        run: Callable[[Tensor], Tensor] = compute
+        if policy in ("full", "keep_attention"):
+            run = partial(checkpointed, compute, keep_attention=policy == "keep_attention")
         if residency is None or not with_grad:
-            return _checkpointed(compute, tokens) if recompute else compute(tokens)
-        visit = _BackwardVisit(residency, index, closed_by_input=tokens.requires_grad)
-        hidden = _mark(_AfterBackward, tokens, visit)
+            return run(tokens)
+        marks = _BackwardVisit(residency, index, closed_by_input=tokens.requires_grad)
+        hidden = _mark(_AfterBackward, tokens, marks)
         with residency.saving(index) if residency.saving is not None else nullcontext():
-            hidden = _checkpointed(compute, hidden) if recompute else compute(hidden)
-        return _mark(_BeforeBackward, hidden, visit)
+            hidden = run(hidden)
+        return _mark(_BeforeBackward, hidden, marks)
 
 
-def _checkpointed(compute: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
-    out: Tensor = checkpoint(compute, tokens, use_reentrant=False)
-    return out
+def arrange(
+    stack: BlockStack, settings: CoreSettings, *, residency: Residency | None = None
+) -> None:
+    """Let a stack recompute and compile as the settings say; refuse a policy that it has no part for."""
+    stack.residency = residency
+    if settings.compile_blocks:
+        for block in stack.blocks:
+            # Dynamic from the start: a new bucket costs nothing, and the blocks share one graph.
+            block.compile(dynamic=True)
+    policy = settings.gradient_checkpointing_policy
+    if not settings.gradient_checkpointing:
+        stack.policy = "none"
+        return
+    if policy == FFN and FFN not in stack.parts:
+        raise ConfigError(
+            [
+                Problem(
+                    "gradient_checkpointing_policy",
+                    "this model does not tell which part of a block is its feed-forward.",
+                    value=policy,
+                    way_out="Write full or keep_attention.",
+                )
+            ]
+        )
+    stack.policy, stack.interval = policy, settings.gradient_checkpointing_interval
+
+
+@contextmanager
+def _visit(residency: Residency | None, index: int) -> Iterator[None]:
+    """Surround a computation of block ``index`` with the visits of who moves its weights."""
+    if residency is None:
+        yield
+        return
+    residency.before(index, "forward")
+    try:
+        yield
+    finally:
+        residency.after(index, "forward")
+
+
+def _recomputing(parts: frozenset[str], visit: Callable[[], AbstractContextManager[None]]) -> Part:
+    """Return a runner of parts that computes those named in ``parts`` again in the backward."""
+
+    def part(name: str, compute: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+        if name not in parts:
+            return compute(tokens)
+        computed = False
+
+        def again(hidden: Tensor) -> Tensor:
+            nonlocal computed
+            with (
+                visit() if computed else nullcontext()
+            ):  # the first time is inside the block's visit
+                computed = True
+                return compute(hidden)
+
+        return checkpointed(again, tokens)
+
+    return part
 
 
 def _mark(function: type[torch.autograd.Function], tokens: Tensor, visit: _BackwardVisit) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -74,5 +75,29 @@ class SamplingGrid(Protocol):
         """Return the levels (n + 1,) float32 of the run's validation sampler, falling, the last one 0.
 
         n is ``validation_num_inference_steps``; the shift is that of the samples.
+        """
+        ...
+
+
+@runtime_checkable
+class NativeNames(Protocol):
+    """A model that knows what its layers are called in its authors' files, which ComfyUI reads too."""
+
+    def native_name(self, layer: str) -> str:
+        """Return the authors' name of a layer of ``modules``; ModelError if they have none."""
+        ...
+
+    def layers_of(self, native: Sequence[str]) -> Mapping[str, str]:
+        """Return authors' name → layer of ``modules``, found another way than :meth:`native_name` goes.
+
+        For the proof of files: through the converter that the model's library has for such files.
+        """
+        ...
+
+    def read_lora(self, path: Path) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Return layer → (A (r, in), B (out, r)) of a LoRA file, the change being B @ A.
+
+        Read as the model's library reads it, whatever names that knows, with the scale in the matrices.
+        CheckpointError where the library cannot read the file.
         """
         ...

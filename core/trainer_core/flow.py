@@ -76,9 +76,13 @@ class SigmaSampler:
         """Draw the expert of a micro-batch by the mass of its range, alike on all ranks."""
         if len(self.experts) == 1:
             return self.experts[0]
-        masses = torch.stack([hi - lo for lo, hi in (self._bounds(e, shift) for e in self.experts)])
+        masses = self.masses(shift)
         generator = rng.generator(seed, "flow/expert", moment.step, moment.micro)
         return self.experts[int(torch.multinomial(masses, 1, generator=generator))]
+
+    def masses(self, shift: float) -> Tensor:
+        """Return the share of all draws that falls into each expert's range, float64."""
+        return torch.stack([hi - lo for lo, hi in (self._bounds(e, shift) for e in self.experts)])
 
     def draw(self, num: int, *, generator: torch.Generator, expert: Expert, shift: float) -> Tensor:
         """Return sigma (num,) float32 on the CPU, within the expert's range."""
@@ -137,6 +141,16 @@ def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
     right = torch.searchsorted(xs, x.contiguous()).clamp(1, xs.numel() - 1)
     x0, x1, y0, y1 = xs[right - 1], xs[right], ys[right - 1], ys[right]
     return y0 + (y1 - y0) * ((x - x0) / (x1 - x0).clamp_min(1e-300)).clamp(0, 1)
+
+
+def shares_sentence(settings: FlowKeys, experts: tuple[Expert, ...]) -> str | None:
+    """Return how often each of several experts is drawn, None for one or where clips decide."""
+    if len(experts) == 1 or settings.flow_schedule_auto_shift:
+        return None
+    masses = SigmaSampler(settings, experts).masses(settings.flow_schedule_shift or 1.0)
+    shares = (masses / masses.sum()).tolist()
+    parts = [f"{e.role} {share:.1%}" for e, share in zip(experts, shares, strict=True)]
+    return f"share of the micro-batches: {', '.join(parts)}; flow_schedule_shift moves it"
 
 
 def noised(x0: Tensor, eps: Tensor, sigma: Tensor, **other: object) -> ModelInputs:

@@ -11,6 +11,7 @@ from trainer_core.types import (
     Artifact,
     Batch,
     EncoderSample,
+    Exported,
     LoadedEncoder,
     LossTerm,
     ModelInputs,
@@ -66,6 +67,9 @@ class Hooks(Protocol):
         """First result."""
 
     def load_weights(self, *, run: Run, folder: Path) -> bool | None:
+        """First result."""
+
+    def export_weights(self, *, run: Run, path: Path, format: str, role: str) -> Exported | None:
         """First result."""
 
     def validate(self, *, run: Run) -> list[Sequence[Artifact]]:

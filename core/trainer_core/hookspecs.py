@@ -27,6 +27,7 @@ from trainer_core.types import (
     Artifact,
     Batch,
     EncoderSample,
+    Exported,
     LoadedEncoder,
     LossTerm,
     ModelInputs,
@@ -152,6 +153,19 @@ def load_weights(run: Run, folder: Path) -> bool | None:
     """Restore what ``save_weights`` wrote, bit for bit, into ``run.model``.
 
     Called when a run resumes. First result: True from the plugin that did it.
+    """
+
+
+@hookspec(firstresult=True)
+def export_weights(run: Run, path: Path, format: str, role: str) -> Exported | None:
+    """Write what is trained of one role as another program reads it.
+
+    Called by ``trainer export``, once for each role, with the weights restored into ``run.model``. First
+    result: the adapter's plugin answers with an adapter.
+    Arguments: format names the program ("diffusers", "comfyui"); one that cannot hold the adapter is
+    refused with the way out.
+    Must not: count the file as written before it was read back another way than it was written, and
+    every layer's weight change was compared.
     """
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from trainer_core import persistence, rng, validation
-from trainer_core.blocks import compose_routes, draw_plan
+from trainer_core.blocks import arrange, compose_routes, draw_plan
 from trainer_core.capabilities import Blocks
 from trainer_core.data import CachedData, Loader
 from trainer_core.errors import PluginError
 from trainer_core.flow import SigmaSampler, draw_inputs
 from trainer_core.metrics import Meter
-from trainer_core.optim import clip_gradients, learning_rate
+from trainer_core.optim import clip_gradients, learning_rate, update
 from trainer_core.phases import phase, residency
 from trainer_core.plugins import Host
 from trainer_core.progress import Display
@@ -71,7 +71,7 @@ def inside_the_forward(run: Run, host: Host) -> Sequence[Route]:
             raise PluginError("a plugin routes tokens or moves blocks, but the model has no Blocks")
         return ()
     for role, stack in run.model.stacks().items():
-        stack.residency = moves.get(role, moves.get(None))
+        arrange(stack, run.settings, residency=moves.get(role, moves.get(None)))
     return compose_routes(flat, min(len(stack) for stack in run.model.stacks().values()))
 
 
@@ -115,7 +115,7 @@ def train_step(training: Training, batches: Sequence[Batch]) -> dict[str, Any]:
             rate = learning_rate(step, settings=settings, base=base, total=training.total_steps)
             group["lr"] = rate
         scalars["lr"] = training.optimizer.param_groups[0]["lr"]
-        training.optimizer.step()
+        update(training.optimizer)
         if training.ema is not None:
             training.ema.update(step)
         training.optimizer.zero_grad(set_to_none=True)

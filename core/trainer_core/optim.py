@@ -181,6 +181,21 @@ def schedule_sentence(settings: OptimizerKeys, total: int) -> str | None:
     )
 
 
+def update(optimizer: torch.optim.Optimizer) -> None:
+    """Do one step; a group without any gradient stays as it is, its step counter included.
+
+    Without gradient is the expert that no micro-batch of the step was drawn for. Optimisers pass over
+    its parameters, but those of torch-optimi count a step of the group all the same, and correct the bias
+    of its moments as if it had been taken.
+    """
+    groups = optimizer.param_groups
+    optimizer.param_groups = [g for g in groups if any(p.grad is not None for p in g["params"])]
+    try:
+        optimizer.step()
+    finally:
+        optimizer.param_groups = groups
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], *, limit: float, method: str) -> Tensor:
     """Clip in place; return the norm (method norm) or the largest magnitude (value) before it.
 

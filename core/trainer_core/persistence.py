@@ -19,6 +19,7 @@ from trainer_core.errors import CheckpointError, ConfigError, ModelError, Plugin
 from trainer_core.files import write_tensors
 from trainer_core.metrics import EventLog, Trackers
 from trainer_core.phases import phase
+from trainer_core.training import MODEL
 from trainer_core.types import Record
 
 if TYPE_CHECKING:
@@ -135,11 +136,21 @@ def _products(run: Run) -> list[str]:
 
 
 def _final_files(events: Path) -> list[str]:
+    return [name for end in _ends(events) for name in end["files"]]
+
+
+def ended_at(events: Path) -> int | None:
+    """Return the step after which the final weights were written, None if the run has not ended."""
+    ends = _ends(events)
+    return int(ends[-1]["step"]) if ends else None
+
+
+def _ends(events: Path) -> list[dict[str, Any]]:
     if not events.exists():
         return []
     # a line that a fault cut short has no end
     ends = [line for line in events.read_text().splitlines() if line.startswith('{"kind": "end"')]
-    return [name for line in ends if line.endswith("}") for name in json.loads(line)["files"]]
+    return [json.loads(line) for line in ends if line.endswith("}")]
 
 
 def _move_aside(run: Run, names: Sequence[str]) -> None:
@@ -210,6 +221,7 @@ def _fill(training: Training, folder: Path) -> None:
 def _save_weights(training: Training, folder: Path, *, final: bool) -> list[str]:
     run, hooks = training.run, training.host.hooks
     folder.mkdir(parents=True, exist_ok=True)
+    run.trained_steps = training.step
     written = hooks.save_weights(run=run, folder=folder, final=final)  # HOOK first result
     if not written:
         raise PluginError(
@@ -229,7 +241,8 @@ def _save_weights(training: Training, folder: Path, *, final: bool) -> list[str]
 def _plugin_parameters(training: Training) -> dict[str, torch.Tensor]:
     return {
         f"{group.name}/{name}": parameter
-        for group in training.groups[1:]
+        for group in training.groups
+        if group.name.split("/")[0] != MODEL
         for name, parameter in group.parameters
     }
 

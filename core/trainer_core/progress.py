@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import threading
 import time
@@ -36,6 +37,11 @@ class Display:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True, file=sys.stdout)
         self._lock = threading.Lock()
+
+    @classmethod
+    def silent(cls) -> Display:
+        """Return one that shows nothing."""
+        return cls(Console(file=io.StringIO()))
 
     def say(self, message: str) -> None:
         """Show a line (above the bar, if there is one)."""

@@ -76,6 +76,7 @@ def quantise_blocks(run: Run, model: Model, convert: Convert, *, home: torch.dev
     if not isinstance(model, Blocks):
         raise PluginError("base_model_precision needs a model that is a stack of blocks (Blocks)")
     at = torch.device("cpu") if run.settings.quantize_via == "cpu" else run.device
+    convert = _rehearsed(run, convert)
     sizes = Sizes()
     for stack in model.stacks().values():
         for block in stack.blocks:
@@ -93,9 +94,18 @@ def offer_encoder(run: Run, convert: Convert, *, identity: Mapping[str, Any]) ->
 
 
 def _quantised(run: Run, network: nn.Module, convert: Convert) -> nn.Module:
-    sizes = quantise_linears(network, convert, dtype=run.placement.dtype)
+    sizes = quantise_linears(network, _rehearsed(run, convert), dtype=run.placement.dtype)
     run.say(f"text encoder in {run.settings.text_encoder_1_precision}: {sizes}")
     return network.to(run.device)
+
+
+def _rehearsed(run: Run, convert: Convert) -> Convert:
+    """Return what converts a layer: while a run is planned, a stand-in of the same size."""
+    if run.sketch is None:
+        return convert
+    from trainer_core.planner.sketch import StoredIn8Bits
+
+    return StoredIn8Bits
 
 
 def quantise_linears(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainer_core.capabilities import Model
+    from trainer_core.planner.sketch import Sketch
     from trainer_core.settings.core import CoreSettings
 
 T = TypeVar("T")
@@ -51,6 +52,12 @@ DROP_VAE_ENCODER = Key["bool"]("drop_vae_encoder")
 """True: nobody encodes with the VAE any more, so that a model loads it for decoding alone.
 
 A plugin sets it in ``attach``, when everything is cached; the model's plugin reads it before it renders.
+"""
+
+IMAGE_EMBEDS_OF = Key["tuple[str, ...]"]("image_embeds_of")
+"""Frames of a clip whose image embeddings the model takes: ("first",) or ("first", "last").
+
+A model's plugin sets it in ``describe_model``; the plugin of an image encoder reads it in ``encoders``.
 """
 
 MODEL_ASIDE = Key[Callable[[], AbstractContextManager[Any]]]("model_aside")
@@ -101,7 +108,10 @@ class Run:
     are captured. most_tokens: video tokens of the largest clip to train on, 0 until the data is
     planned. clip_shapes: (frames, height, width) in pixels → number of clips in the plan, held-out ones
     included. idle_encoders: names of encoders whose outputs are not read any more; a plugin that is done
-    with its own adds it, and batches read from then on come without.
+    with its own adds it, and batches read from then on come without. trained_steps: optimiser steps that
+    weights about to be written have seen. settings_digest: of the keys that a resume may not change.
+    sketch: while ``trainer plan`` rehearses the run, what networks without contents are built with; None
+    in a real run.
     """
 
     def __init__(
@@ -125,12 +135,17 @@ class Run:
         self.taps: set[int] = set()
         self.most_tokens = 0
         self.clip_shapes: Mapping[tuple[int, int, int], int] = {}
+        self.trained_steps = 0
+        self.settings_digest = ""
         self.idle_encoders: set[str] = set()
+        self.sketch: Sketch | None = None
         self._notify = notify
         self._said: set[str] = set()
         self._spec: ModelSpec | None = None
         self._model: Model | None = None
         self._captions: Callable[[str], Mapping[str, Tensor]] | None = None
+        self._pixels: Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]] | None = None
+        self._example: Callable[[], Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -224,6 +239,29 @@ class Run:
         if self._captions is None:
             raise PluginError("captions are encoded only after the caching stage")
         return self._captions(caption)
+
+    def encoded_pixels(self, clip: Tensor, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Return what the run's encoders write under ``names`` for a clip (F, 3, H, W) uint8, unbatched.
+
+        Nothing is cached: each encoder is loaded, asked once, and dropped.
+        """
+        if self._pixels is None:
+            raise PluginError("pixels are encoded only after the caching stage")
+        return self._pixels(clip, names)
+
+    def example_clip(self) -> Tensor:
+        """Return a clip (F, 3, H, W) uint8: the first that is held out, else the first of all."""
+        if self._example is None:
+            raise PluginError("clips are read only after the caching stage")
+        return self._example()
+
+    def set_clips(
+        self,
+        encode: Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]],
+        example: Callable[[], Tensor],
+    ) -> None:
+        """Core's own: tell how pixels are encoded and where an example is read."""
+        self._pixels, self._example = encode, example
 
     def set_captions(self, read: Callable[[str], Mapping[str, Tensor]]) -> None:
         """Core's own: tell where encoded captions are read."""

@@ -1,8 +1,9 @@
 """Which plugins a run has, why, and in which order.
 
-A run has the plugins that were named, the provider of each value that the core settings name, what
-those require, and, when none were named, those whose switch key is set. Every rule that is broken
-becomes a problem; nothing is raised, so that all problems of a run are shown at once.
+A run has the plugins that were named, the provider of each value that the core settings name, those
+that serve such a value beside it, what all of these require, and, when none were named, those whose
+switch key is set. Every rule that is broken becomes a problem; nothing is raised, so that all problems
+of a run are shown at once.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def select(
     selector = _Selector(catalogue, dict(core), given, origins, named, pending or {})
     selector.take_named()
     selector.take_values()
+    selector.take_served()
     selector.take_switched()
     selector.take_required()
     selector.check(roles)
@@ -201,6 +203,13 @@ class _Selector:
             text += f" Not usable: {broken}."
         way_out = f"Possible here: {allowed}." if allowed else "Install a plugin that provides it."
         return text, way_out
+
+    def take_served(self) -> None:
+        for entry in self.catalogue.usable():
+            for pair in entry.info.serves:
+                key, _, value = pair.partition("=")
+                if str(self.given.get(key)) == value:
+                    self.chosen.setdefault(entry.name, f"{key} is {value}")
 
     def take_switched(self) -> None:
         for entry in self.catalogue.usable():

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -24,10 +25,12 @@ from trainer_core.data import (
     render_report,
 )
 from trainer_core.data.sampler import Sampler
+from trainer_core.data.single import encode_clip, example
 from trainer_core.distributed import placement, world
 from trainer_core.errors import ConfigError, PluginError, Problem, TrainerError
 from trainer_core.faults import told
-from trainer_core.files import blocked
+from trainer_core.files import blocked, digest_json
+from trainer_core.flow import shares_sentence
 from trainer_core.optim import check_arguments, schedule_sentence
 from trainer_core.persistence import Identity
 from trainer_core.phases import phase
@@ -77,6 +80,7 @@ def check(resolved: Resolved, host: Host) -> int:
         session = prepare(resolved, host)
         render_report(session.plan, session.display.console, most_files=MOST_FILES)
         encoders = collect_encoders(session.run, host)
+        say_embeds(session, encoders)
         for encoder in encoders:
             encoder.identity()
         start = persistence.find_start(session.run, session.identity)
@@ -94,9 +98,9 @@ def data(resolved: Resolved, host: Host) -> int:
     return 0
 
 
-def prepare(resolved: Resolved, host: Host) -> Session:
+def prepare(resolved: Resolved, host: Host, *, display: Display | None = None) -> Session:
     """Describe the model and plan the data, before anything heavy is loaded."""
-    display = Display()
+    display = display or Display()
     for choice in resolved.choices:
         display.say(f"plugin {choice.name}: {choice.why}")
     for notice in (*resolved.unused, *idle_keys(resolved.core, resolved.origins)):
@@ -120,6 +124,8 @@ def prepare(resolved: Resolved, host: Host) -> Session:
         )
     current.spec = spec
     display.say(f"model {spec.name}: {spec.sentence}")
+    if shares := shares_sentence(settings, spec.experts):
+        display.say(shares)
     for plugin in host.plugins.values():
         if (look := getattr(plugin, "check", None)) is not None:
             look(current)
@@ -134,6 +140,7 @@ def prepare(resolved: Resolved, host: Host) -> Session:
         resolved=resolved.resolved(),
         write=lambda folder: write_settings(resolved, folder),
     )
+    current.settings_digest = digest_json(identity.fixed)
     return Session(current, host, display, plan, identity)
 
 
@@ -172,6 +179,12 @@ def collect_encoders(current: Run, host: Host) -> list[Encoder]:
         raise PluginError(
             'no encoder of this run writes "latents"; the model\'s plugin must have one'
         )
+    for tensor, owner in current.spec.needs.items():
+        if tensor not in writers:
+            raise PluginError(
+                f"{current.spec.name} needs {tensor!r}, which no encoder of this run writes; install "
+                f"{owner}, or name it in --plugins"
+            )
     return encoders
 
 
@@ -204,19 +217,31 @@ def cache(session: Session) -> CachedData:
     if current.prompts:
         texts.append(settings.validation_negative_prompt)
     with phase(session.host, current, "cache"):
+        encoders = collect_encoders(current, session.host)
+        say_embeds(session, encoders)
         cached = fill_cache(
             session.plan,
             current,
-            collect_encoders(current, session.host),
+            encoders,
             Encoding(session.host, current),
             captions=list(dict.fromkeys(texts)),
             progress=session.display.task,
         )
     current.set_captions(cached.read_caption)
+    current.set_clips(partial(encode_clip, cached), partial(example, cached))
     for encoder in cached.encoders:
         made, reused = cached.encoded[encoder.name], cached.reused[encoder.name]
         current.say(f"cache of {encoder.name}: {reused} reused, {made} encoded")
     return cached
+
+
+def say_embeds(session: Session, encoders: Sequence[Encoder]) -> None:
+    """Say that image embeddings are asked for where the model takes none."""
+    takes = any(encoder.keep == "image_embeds" for encoder in encoders)
+    if session.plan.backends.names_embeds and not takes:
+        session.display.say(
+            f"conditioning_image_embeds has no effect: {session.run.spec.name} takes no image embeddings"
+        )
 
 
 @dataclass(frozen=True)

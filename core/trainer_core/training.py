@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from trainer_core.progress import Display
     from trainer_core.run import Run
 
+MODEL = "model"
+"""Name of the model's own parameter group; with several experts, what the names begin with."""
+
 
 @dataclass
 class Training:
@@ -125,15 +128,30 @@ def averaged(run: Run) -> Ema | None:
     return Ema(parameters, decay=settings.ema_decay, interval=settings.ema_update_interval)
 
 
+def belongs(name: str, role: str) -> bool:
+    """Return whether a parameter of :func:`trained_parameters` is one of a role."""
+    return name.startswith(f"{role}.")
+
+
 def parameter_groups(run: Run, host: Host) -> list[ParameterGroup]:
-    """Return what is trained: the model's parameters, then each plugin's ``parameters()``."""
+    """Return what is trained: the model's parameters, a group for each of several experts, then each
+    plugin's ``parameters()``.
+    """
     trained = trained_parameters(run)
     if not trained:
         raise PluginError(
             "the model has no parameter to train: with model_type lora an adapter plugin must add "
             "some, with model_type full the model plugin must leave its weights trainable"
         )
-    groups = [ParameterGroup("model", list(trained.items()))]
+    roles = [expert.role for expert in run.spec.experts]
+    groups = [ParameterGroup(MODEL, list(trained.items()))]
+    if len(roles) > 1:  # an optimiser may count steps by group, and experts take turns
+        groups = [
+            ParameterGroup(
+                f"{MODEL}/{role}", [(n, p) for n, p in trained.items() if belongs(n, role)]
+            )
+            for role in roles
+        ]
     for name, plugin in host.plugins.items():
         if (parameters := getattr(plugin, "parameters", None)) is not None:
             groups.extend(_own_groups(name, groups_of(name, parameters()), groups))

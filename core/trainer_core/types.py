@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from torch import Tensor, nn
 
+    from trainer_core.planner.sketch import Sketch
+
 API_VERSION = 1
 """Number of the plugin interface. It changes only when a hook or a type changes incompatibly."""
 
@@ -37,6 +39,8 @@ class PluginInfo:
     after: names or roles whose wrappers and chained results it comes after (it lies outside them).
     exposes: for a model plugin, the capabilities its model will have, so that ``trainer check`` can
         answer without weights.
+    serves: ``"key=value"`` settings of others that need it too, such as
+        ``"model_flavour=i2v-14b-2.1"``: it joins every run that has one of them.
     """
 
     api: int = API_VERSION
@@ -49,6 +53,7 @@ class PluginInfo:
     conflicts: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     exposes: tuple[type, ...] = ()
+    serves: tuple[str, ...] = ()
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -78,6 +83,7 @@ class ModelSpec:
     experts: trained roles with their noise ranges, at least one.
     sentence: what is trained, in one sentence for the user.
     num_blocks: blocks of the smallest expert, None where that is not known without the weights.
+    needs: names of tensors that encoders must write beside ``latents``, with who has such an encoder.
     """
 
     name: str
@@ -89,6 +95,7 @@ class ModelSpec:
     sizes: tuple[tuple[int, int], ...] = ()
     sentence: str = ""
     num_blocks: int | None = None
+    needs: Mapping[str, str] = field(default_factory=dict)
 
     def snap_frames(self, frames: int) -> int:
         """Return the largest legal clip length that is not above ``frames`` (0 if there is none)."""
@@ -158,8 +165,13 @@ class Encoder:
     writes: the tensors of one sample. identity: JSON-able facts that decide the output bit by bit:
     weights digest, settings, dtype; called once before loading; it becomes part of the cache key.
     load: puts the network on ``run.device`` and returns it; core drops it after the last sample.
-    batch_size: samples per ``encode_batch`` call; groups are fixed by the plan. quantised: its weights
-    are stored as ``text_encoder_1_precision`` says (see ``trainer_core.QUANTISE_ENCODER``).
+    batch_size: samples per ``encode_batch`` call; groups are fixed by the plan. keep: where outputs of
+    pixels are kept: "clips", a dataset's ``cache_dir_vae``, or "image_embeds", the place that its
+    ``conditioning_image_embeds`` names.
+    quantised: its weights are stored as ``text_encoder_1_precision`` says (see
+    ``trainer_core.QUANTISE_ENCODER``).
+    sketch: for ``trainer plan``: returns the network without contents, of its full size, without reading
+        weights; ``encode_batch`` gets it with samples without contents. None: nothing is told.
     """
 
     name: str
@@ -168,7 +180,9 @@ class Encoder:
     identity: Callable[[], Mapping[str, Any]]
     load: Callable[[], Any]
     batch_size: int = 1
+    keep: Literal["clips", "image_embeds"] = "clips"
     quantised: bool = False
+    sketch: Callable[[Sketch], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -329,6 +343,19 @@ class ParameterGroup:
     name: str
     parameters: Sequence[tuple[str, nn.Parameter]]
     learning_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file for another program that was written, read back and compared.
+
+    error: largest difference of a layer's weight change, relative to that change. reader: what read it.
+    """
+
+    path: Path
+    num_layers: int
+    error: float
+    reader: str
 
 
 # --- what a run shows -----------------------------------------------------------------------------

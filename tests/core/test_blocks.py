@@ -289,7 +289,9 @@ def test_a_tap_outside_the_stack_is_refused():
 
 def test_an_unknown_policy_is_refused():
     stack, _, _ = made(1)
-    with pytest.raises(PluginError, match="'every_2' is not one of none, full"):
+    with pytest.raises(
+        PluginError, match="'every_2' is not one of none, full, ffn, keep_attention"
+    ):
         stack.policy = "every_2"
 
 

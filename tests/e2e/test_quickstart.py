@@ -93,7 +93,20 @@ def test_the_pages_quantised_settings_pass(folder: Path):
     assert "base_model_default_dtype has no effect" not in done.stdout
 
 
-def test_a_trailing_comma_parses(folder: Path):
-    done = check(folder, "config/wan/custom-finetune.json")
-    assert "pretrained_transformer_subfolder" in done.stderr
-    assert "JSON" not in done.stderr
+def test_the_pages_custom_fine_tune_is_taken_as_it_is(folder: Path, world: Path):
+    """With its trailing comma, its subfolder "none", and folders in the place of repositories."""
+    shutil.copytree(world / "model" / "transformer", folder / "path" / "to-the-other-model")
+    words = ("--pretrained_vae_model_name_or_path", "../model")
+    words += (
+        "--data_backend_config",
+        "config/wan/multidatabackend.json",
+        "--train_batch_size",
+        "2",
+    )
+    done = check(folder, "config/wan/custom-finetune.json", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shutil.rmtree(folder / "path")
+    (folder / "path" / "to-the-other-model").mkdir(parents=True)
+    done = check(folder, "config/wan/custom-finetune.json", *words)
+    assert done.returncode != 0
+    assert "path/to-the-other-model holds no config.json" in done.stderr

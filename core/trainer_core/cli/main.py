@@ -10,7 +10,9 @@ import click
 COMMANDS = {
     "run": ("trainer_core.cli.run", "run", "Train."),
     "check": ("trainer_core.cli.run", "check", "Check a run up to its first step; train nothing."),
+    "plan": ("trainer_core.cli.plan", "plan", "Predict memory and time, before any download."),
     "data": ("trainer_core.cli.run", "data", "Show what becomes of every file of the data."),
+    "export": ("trainer_core.cli.export", "export", "Write a run's adapter for other programs."),
     "plugins": ("trainer_core.cli.plugins", "plugins", "Show the installed plugins."),
 }  # fmt: skip
 """Command → module, its attribute, one line of help. The module is imported when it is called."""

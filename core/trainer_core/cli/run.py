@@ -40,7 +40,7 @@ def _about(about: str, default: str) -> str:
     return f"{about} [{default}]" if default == "required" else f"{about} [default: {default}]"
 
 
-def _settings_command(name: str) -> Callable[[Callable[..., int]], click.Command]:
+def settings_command(name: str) -> Callable[[Callable[..., int]], click.Command]:
     """Return a decorator that makes a command with --config, --plugins and any key."""
 
     def decorate(function: Callable[..., int]) -> click.Command:
@@ -59,34 +59,34 @@ def _settings_command(name: str) -> Callable[[Callable[..., int]], click.Command
     return decorate
 
 
-@_settings_command("run")
+@settings_command("run")
 def run(config: Path | None, plugins: str | None, keys: tuple[str, ...]) -> int:
     """Train. A run that was interrupted goes on from its newest checkpoint."""
-    resolved, host = _prepare(config, plugins, keys)
+    resolved, host = prepare(config, plugins, keys)
     from trainer_core import session
 
     return session.run(resolved, host)
 
 
-@_settings_command("check")
+@settings_command("check")
 def check(config: Path | None, plugins: str | None, keys: tuple[str, ...]) -> int:
     """Do everything up to the first step that needs no accelerator, and say what would happen."""
-    resolved, host = _prepare(config, plugins, keys)
+    resolved, host = prepare(config, plugins, keys)
     from trainer_core import session
 
     return session.check(resolved, host)
 
 
-@_settings_command("data")
+@settings_command("data")
 def data(config: Path | None, plugins: str | None, keys: tuple[str, ...]) -> int:
     """Show every file: its bucket, the kept span, frames and tokens, or why it is left out."""
-    resolved, host = _prepare(config, plugins, keys)
+    resolved, host = prepare(config, plugins, keys)
     from trainer_core import session
 
     return session.data(resolved, host)
 
 
-def _prepare(
+def prepare(
     config: Path | None, plugins: str | None, keys: tuple[str, ...]
 ) -> tuple[Resolved, Host]:
     """Resolve the settings, then build the plugins; nothing heavy is imported for wrong ones."""

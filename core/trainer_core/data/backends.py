@@ -14,10 +14,14 @@ from pydantic import BaseModel, ValidationError
 from trainer_core.data.entries import (
     NOT_BUILT,
     PENDING_KEYS,
+    ImageEmbedsEntry,
     MediaEntry,
     TextEntry,
     VideoKeys,
+    is_true,
+    section,
 )
+from trainer_core.data.overrides import overridden
 from trainer_core.data.types import Dataset, MediaKind
 from trainer_core.errors import ConfigError, Problem
 from trainer_core.files import blocked
@@ -26,12 +30,14 @@ from trainer_core.settings.core import CoreSettings
 from trainer_core.settings.files import read_json
 
 E = TypeVar("E", bound=BaseModel)
-KNOWN_TYPES = ("video", "image", "eval", "text_embeds")
+KNOWN_TYPES = ("video", "image", "eval", "text_embeds", "conditioning_image_embeds")
 
 
 @dataclass(frozen=True)
 class Backends:
-    """What the file says. datasets: enabled entries with media. text_cache: of encoded captions."""
+    """What the file says. datasets: enabled entries with media. text_cache: of encoded captions.
+    names_embeds: image embeddings are asked for.
+    """
 
     path: Path
     datasets: tuple[Dataset, ...]
@@ -39,6 +45,7 @@ class Backends:
     write_batch_size: int
     index: Path
     notes: tuple[str, ...] = ()
+    names_embeds: bool = False
 
 
 def load_backends(
@@ -51,7 +58,7 @@ def load_backends(
     every problem of the file.
     """
     reader = _Reader(path, settings)
-    entries = reader.override(reader.read(), overrides or {})
+    entries = overridden(reader.read(), overrides or {})
     media, texts = reader.entries(entries)
     datasets = tuple(found for entry in media if (found := reader.dataset(entry)) is not None)
     text = reader.text(texts)
@@ -67,6 +74,7 @@ def load_backends(
         write_batch_size=(text and text.write_batch_size) or settings.write_batch_size,
         index=Path(settings.cache_dir) / "index.sqlite",
         notes=tuple(reader.notes),
+        names_embeds=bool(reader.embeds),
     )
 
 
@@ -75,6 +83,7 @@ class _Reader:
         self.path, self.settings = path, settings
         self.problems: list[Problem] = []
         self.notes: list[str] = []
+        self.embeds: dict[str, ImageEmbedsEntry] = {}
 
     def add(self, key: str, text: str, value: Any = None, way_out: str = "") -> None:
         self.problems.append(
@@ -98,23 +107,6 @@ class _Reader:
             )  # fmt: skip
         return value
 
-    def override(self, entries: list[Any], overrides: Mapping[str, Any]) -> list[Any]:
-        """Return the entries with values from elsewhere put in."""
-        entries = [dict(entry) if isinstance(entry, Mapping) else entry for entry in entries]
-        named = {str(e.get("id")): e for e in entries if isinstance(e, dict)}
-        for key, value in overrides.items():
-            owner = next((i for i in sorted(named, key=len)[::-1] if key.startswith(f"{i}.")), None)
-            targets = [named[owner]] if owner else [
-                e for e in named.values() if e.get("dataset_type") in ("video", "image", "eval")
-            ]  # fmt: skip
-            *parents, last = (key[len(owner) + 1 :] if owner else key).split(".")
-            for target in targets:
-                for parent in parents:
-                    target[parent] = dict(target.get(parent) or {})
-                    target = target[parent]
-                target[last] = value
-        return entries
-
     def entries(self, found: list[Any]) -> tuple[list[MediaEntry], list[TextEntry]]:
         """Validate each enabled entry."""
         media: list[MediaEntry] = []
@@ -125,7 +117,7 @@ class _Reader:
                 self.add(f"entry {position + 1}", "must be an object {...}", raw)
                 continue
             raw = dict(raw)
-            disabled = _true(raw.pop("disable", False)) | _true(raw.get("disabled", False))
+            disabled = is_true(raw.pop("disable", False)) | is_true(raw.get("disabled", False))
             if disabled:
                 continue
             label = f"entry {raw['id']!r}" if raw.get("id") else f"entry {position + 1}"
@@ -153,6 +145,11 @@ class _Reader:
             if (text := self._validated(TextEntry, label, raw)) is not None:
                 texts.append(text)
             return
+        if kind == "conditioning_image_embeds":
+            if (embeds := self._validated(ImageEmbedsEntry, label, raw)) is not None:
+                self.embeds[embeds.id] = embeds
+                self._writable(embeds.id, "cache_dir", embeds.cache_dir)
+            return
         if (entry := self._validated(MediaEntry, label, raw)) is not None:
             media.append(entry)
 
@@ -169,10 +166,10 @@ class _Reader:
         self.add(where, f"must be one of {choices}.{hint}", kind)
 
     def _validated(self, model: type[E], label: str, raw: dict[str, Any]) -> E | None:
-        for key in sorted(PENDING_KEYS.keys() & (raw.keys() | _section(raw).keys())):
+        for key in sorted(PENDING_KEYS.keys() & (raw.keys() | section(raw).keys())):
             self.add(
-                f"{label}: {key}", f"not built yet: it belongs to {PENDING_KEYS[key]}.",
-                raw.get(key, _section(raw).get(key)), "Remove the key.",
+                f"{label}: {key}", PENDING_KEYS[key],
+                raw.get(key, section(raw).get(key)), "Remove the key.",
             )  # fmt: skip
         self._refuse_truth(model, label, raw)
         kept = {key: value for key, value in raw.items() if key not in PENDING_KEYS}
@@ -187,7 +184,7 @@ class _Reader:
 
     def _refuse_truth(self, model: type[BaseModel], label: str, raw: dict[str, Any]) -> None:
         """Refuse true and false for numbers, which pydantic would take for 1 and 0."""
-        for prefix, keys, owner in (("", raw, model), ("video.", _section(raw), VideoKeys)):
+        for prefix, keys, owner in (("", raw, model), ("video.", section(raw), VideoKeys)):
             for name in [n for n, v in keys.items() if isinstance(v, bool)]:
                 field = owner.model_fields.get(name)
                 kinds = phrases.branches(field.annotation) if field else [bool]
@@ -274,6 +271,16 @@ class _Reader:
             captions = self.locate(entry, "caption_file", entry.caption_file)
         self._check(entry)
         self._writable(entry.id, "cache_dir_vae", entry.cache_dir_vae)
+        own = entry.cache_dir_conditioning_image_embeds
+        self._writable(entry.id, "cache_dir_conditioning_image_embeds", own)
+        shared = entry.conditioning_image_embeds
+        if shared is not None and shared not in self.embeds:
+            known = ", ".join(map(repr, self.embeds)) or "none"
+            self.add(
+                f"entry {entry.id!r}: conditioning_image_embeds",
+                f"names no enabled entry of dataset_type conditioning_image_embeds (there: {known}).",
+                shared, "Add such an entry, or remove the key.",
+            )  # fmt: skip
         if folder is None or len(self.problems) > before:
             return None
         return self._resolved(entry, folder, captions)
@@ -372,13 +379,14 @@ class _Reader:
             repeats=entry.repeats,
             probability=entry.probability,
             vae_batch_size=entry.vae_batch_size,
+            embeds_dir=self._embeds_dir(entry),
         )
 
-
-def _section(raw: dict[str, Any]) -> dict[str, Any]:
-    video = raw.get("video")
-    return video if isinstance(video, dict) else {}
-
-
-def _true(value: Any) -> bool:
-    return value is True or (isinstance(value, str) and value.lower() in ("true", "1", "yes", "on"))
+    def _embeds_dir(self, entry: MediaEntry) -> Path:
+        """Return the dataset's own folder, else that of the entry it names, else its default."""
+        shared = self.embeds.get(entry.conditioning_image_embeds or "")
+        default = str(Path(self.settings.cache_dir) / "conditioning_image_embeds" / "{id}")
+        own = entry.cache_dir_conditioning_image_embeds
+        if own is None and shared is not None:
+            return Path(self.fill_in(shared.cache_dir or default, shared.id))
+        return Path(self.fill_in(own or default, entry.id))

@@ -68,6 +68,8 @@ class MediaEntry(_Entry):
     caption_column: str = "caption"
     filename_column: str = "file_name"
     cache_dir_vae: str | None = None
+    conditioning_image_embeds: str | None = None
+    cache_dir_conditioning_image_embeds: str | None = None
     vae_batch_size: int | None = Field(default=None, ge=1)
     repeats: Annotated[int, BeforeValidator(_none_is_zero), Field(ge=0)] = 0
     probability: float | None = Field(default=None, gt=0)
@@ -96,16 +98,35 @@ class TextEntry(_Entry):
     write_batch_size: int | None = Field(default=None, ge=1)
 
 
+class ImageEmbedsEntry(_Entry):
+    """Where image embeddings are kept that condition a model; several datasets may share it."""
+
+    id: Id
+    type: Literal["local"] = "local"
+    dataset_type: Literal["conditioning_image_embeds"]
+    disabled: bool = False
+    cache_dir: str | None = None
+
+
 NOT_BUILT = {
-    "conditioning_image_embeds": "image conditioning",
-    "image_embeds": "image conditioning",
+    "image_embeds": "image conditioning of other models",
     "conditioning": "conditioning data",
     "audio": "audio",
 }
 """Known dataset types and keys that are not built yet, with what they belong to."""
 
 PENDING_KEYS = {
-    "conditioning_image_embeds": "image conditioning",
-    "cache_dir_conditioning_image_embeds": "image conditioning",
-    "is_i2v": "image conditioning",
+    "is_i2v": "is no choice of a dataset: the model of the run says whether frames are given.",
 }
+"""Known keys that are refused, with the reason."""
+
+
+def section(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys below ``video`` of an entry, as they stand there."""
+    video = raw.get("video")
+    return video if isinstance(video, dict) else {}
+
+
+def is_true(value: Any) -> bool:
+    """Return whether a value of the file means true."""
+    return value is True or (isinstance(value, str) and value.lower() in ("true", "1", "yes", "on"))

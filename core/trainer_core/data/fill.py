@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+from trainer_core.data.ahead import ahead
 from trainer_core.data.cache import Cache, Damaged, caption_key, clip_key, identity_key
 from trainer_core.data.decode import TooShort, decode
 from trainer_core.data.encoding import EncodeHooks, check_writes, encode, loaded
@@ -16,7 +16,7 @@ from trainer_core.data.plan import DataPlan
 from trainer_core.data.probe import Inaccessible, Unreadable, reason, refusal
 from trainer_core.data.removal import delete_broken
 from trainer_core.data.store import Store
-from trainer_core.data.types import MediaFile, Progress, Sample, no_progress
+from trainer_core.data.types import Dataset, MediaFile, Progress, Sample, no_progress
 from trainer_core.errors import DataError
 from trainer_core.files import digest_file
 from trainer_core.types import Encoder, EncoderSample, LoadedEncoder
@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainer_core.run import Run
-
-I = TypeVar("I")  # noqa: E741  # item and result of a function that runs ahead
-R = TypeVar("R")
-GROUPS_AHEAD = 2
 
 
 @dataclass
@@ -60,9 +56,14 @@ class CachedData:
             self.caches[folder] = Cache(folder, compress=compress)
         return self.caches[folder]
 
-    def clip_cache(self, sample: Sample) -> Cache:
-        """Return the cache that a sample's clip lies in."""
-        return self.cache(self.plan.dataset_of(sample).cache_dir)
+    def clip_cache(self, encoder: Encoder, sample: Sample) -> Cache:
+        """Return the cache that an encoder's output for a sample lies in."""
+        return self.dataset_cache(encoder, self.plan.dataset_of(sample))
+
+    def dataset_cache(self, encoder: Encoder, dataset: Dataset) -> Cache:
+        """Return the cache that an encoder's outputs for a dataset lie in."""
+        embeds = encoder.keep == "image_embeds"
+        return self.cache(dataset.embeds_dir if embeds else dataset.cache_dir)
 
     @property
     def text_cache(self) -> Cache:
@@ -87,7 +88,7 @@ class CachedData:
         """Return what the pixel encoders wrote for a sample; raises Damaged."""
         tensors: dict[str, Tensor] = {}
         for encoder in self.read_now("pixels"):
-            tensors |= self.clip_cache(sample).read(self.clip_key(encoder, sample))
+            tensors |= self.clip_cache(encoder, sample).read(self.clip_key(encoder, sample))
         return tensors
 
     def read_text(self, caption: str) -> dict[str, Tensor]:
@@ -201,7 +202,7 @@ def verify(data: CachedData, progress: Progress) -> None:
     with progress("verify cache", len(samples)) as advance:
         for sample in samples:
             for encoder in data.of("pixels"):
-                _probe_entry(data, data.clip_cache(sample), data.clip_key(encoder, sample))
+                _probe_entry(data, data.clip_cache(encoder, sample), data.clip_key(encoder, sample))
             advance(1)
     for caption in _captions(data.plan):
         for encoder in data.of("caption"):
@@ -314,7 +315,7 @@ def missing_groups(data: CachedData, encoder: Encoder) -> tuple[list[list[Sample
     lacking = False
     with uncollected():
         for bucket in plan.buckets:
-            cache = data.cache(plan.datasets[bucket.dataset].cache_dir)
+            cache = data.dataset_cache(encoder, plan.datasets[bucket.dataset])
             ours = {keys(plan.samples[index]) for index in bucket.samples}
             lacking = lacking or not all(key in cache for key in ours)
             wanted |= ours
@@ -346,7 +347,7 @@ def fill_clips(
 
 
 def _missing(data: CachedData, encoder: Encoder, group: Sequence[Sample]) -> bool:
-    return any(data.clip_key(encoder, s) not in data.clip_cache(s) for s in group)
+    return any(data.clip_key(encoder, s) not in data.clip_cache(encoder, s) for s in group)
 
 
 def _decode_group(data: CachedData, group: Sequence[Sample]) -> Clips:
@@ -373,24 +374,9 @@ def _encode_group(data: CachedData, network: LoadedEncoder, clips: Clips) -> set
     names = [data.plan.sample_id(sample) for sample, _ in good]
     results = encode(data.run, data.hooks, network, samples, names)
     for (sample, _), result in zip(good, results, strict=True):
-        key, cache = data.clip_key(network.encoder, sample), data.clip_cache(sample)
+        key = data.clip_key(network.encoder, sample)
+        cache = data.clip_cache(network.encoder, sample)
         if key not in cache:
             cache.write(key, result)
             made.add(key)
     return made
-
-
-def ahead(work: Callable[[I], R], items: Iterable[I]) -> Iterator[R]:
-    """Yield ``work(item)`` in order, done in a thread a bounded number of items ahead."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting: list[Future[R]] = []
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) > GROUPS_AHEAD:
-                    yield waiting.pop(0).result()
-            while waiting:
-                yield waiting.pop(0).result()
-        finally:
-            for future in waiting:
-                future.cancel()

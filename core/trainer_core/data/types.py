@@ -28,8 +28,9 @@ def no_progress(title: str, total: int) -> AbstractContextManager[Callable[..., 
 class Dataset:
     """An entry of the data backend file with the defaults of the settings filled in.
 
-    kinds: the media it takes. held_out: measured, never trained on. The other fields are the keys
-    of the file; sizes are in the unit of ``resolution_type``.
+    kinds: the media it takes. held_out: measured, never trained on. cache_dir, embeds_dir: of encoded
+    clips and of image embeddings. The other fields are the keys of the file; sizes are in the unit of
+    ``resolution_type``.
     """
 
     id: str
@@ -62,6 +63,7 @@ class Dataset:
     repeats: int
     probability: float | None
     vae_batch_size: int | None
+    embeds_dir: Path
 
 
 @dataclass(frozen=True, slots=True)

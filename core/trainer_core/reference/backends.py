@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pydantic import BaseModel
 
 from trainer_core.data import entries
-from trainer_core.data.entries import MediaEntry, TextEntry, VideoKeys
+from trainer_core.data.entries import ImageEmbedsEntry, MediaEntry, TextEntry, VideoKeys
 from trainer_core.settings import phrases
 from trainer_core.settings.explain import default_text
 
@@ -35,6 +35,10 @@ MEDIA = {
     "filename_column": "Column of that table that holds the file's path below the folder.",
     "cache_dir_vae": "Folder of the encoded clips; without it `vae/<id>` below `cache_dir`. `{id}`, "
     "`{output_dir}` and `{model_family}` are filled in.",
+    "conditioning_image_embeds": "For models that see the first frame through an image encoder: the `id` "
+    "of an entry that says where its outputs are kept. Datasets may share one.",
+    "cache_dir_conditioning_image_embeds": "That folder for this dataset alone; without either key "
+    "`conditioning_image_embeds/<id>` below `cache_dir`.",
     "vae_batch_size": "Clips that the VAE encodes at once; the setting of this name without it.",
     "repeats": "Passes over this dataset in an epoch beyond the first.",
     "probability": "Weight of this dataset in an epoch, relative to the others.",
@@ -80,10 +84,22 @@ TEXT = {
     "write_batch_size": "As the setting of this name.",
 }
 
+EMBEDS = {
+    **_BOTH,
+    "dataset_type": "Says that this entry is about image embeddings.",
+    "cache_dir": "Folder of the image embeddings; without it `conditioning_image_embeds/<id>` below the "
+    "setting `cache_dir`.",
+}
+
 ENTRIES: tuple[tuple[str, type[BaseModel], Mapping[str, str]], ...] = (
     ("Media: `dataset_type` video, image or eval", MediaEntry, MEDIA),
     ("The object `video` of a media entry", VideoKeys, VIDEO),
     ("Encoded captions: `dataset_type` text_embeds", TextEntry, TEXT),
+    (
+        "Image embeddings: `dataset_type` conditioning_image_embeds",
+        ImageEmbedsEntry,
+        EMBEDS,
+    ),
 )
 """Heading, the model that validates, what its keys do."""
 
@@ -113,7 +129,7 @@ def backends_page() -> str:
             cells = (f"`{name}`", f"`{default_text(field)}`", phrases.allowed(field), about[name])
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     lines += ["", "## Known, not built yet", "", "Refused with a sentence:", ""]
-    unbuilt = {**entries.NOT_BUILT, **entries.PENDING_KEYS}
-    lines += [f"- `{name}` ({belongs})" for name, belongs in sorted(unbuilt.items())]
+    lines += [f"- `{name}` ({belongs})" for name, belongs in sorted(entries.NOT_BUILT.items())]
+    lines += [f"- `{name}` {sentence}" for name, sentence in sorted(entries.PENDING_KEYS.items())]
     lines.append("- `type` other than local, and URLs as folders")
     return "\n".join(lines) + "\n"

@@ -119,6 +119,37 @@ class ModelKeys(PluginSettings):
         menu="Training → Memory Optimisation",
         free=True,
     )
+    gradient_checkpointing_policy: Literal["full", "ffn", "keep_attention"] = key(
+        "full",
+        "What of a block is recomputed: all; its feed-forward; all but the output of self-attention, "
+        "whose cost grows with the square of the tokens.",
+        menu="Training → Memory Optimisation",
+        free=True,
+    )
+    gradient_checkpointing_interval: int = key(
+        1,
+        "Recompute every so many blocks only, the first one included; the others keep what they need.",
+        unit="blocks",
+        menu="Training → Memory Optimisation",
+        free=True,
+        ge=1,
+    )
+    compile_blocks: bool = key(
+        False,
+        "Compile a block with torch.compile, once for all blocks and all buckets; the first step takes "
+        "a minute longer.",
+        free=True,
+    )
+
+    @model_validator(mode="after")
+    def _compiles_whole_blocks(self) -> ModelKeys:
+        policy = self.gradient_checkpointing_policy
+        if self.compile_blocks and self.gradient_checkpointing and policy != "full":
+            raise ValueError(
+                f"compile_blocks and gradient_checkpointing_policy {policy} exclude each other, since a "
+                "compiled block is one piece; write full, or remove compile_blocks"
+            )
+        return self
 
 
 class OptimizerKeys(PluginSettings):

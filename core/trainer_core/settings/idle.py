@@ -15,6 +15,10 @@ def _ema(settings: CoreSettings) -> bool:
     return settings.use_ema
 
 
+def _recomputes(settings: CoreSettings) -> bool:
+    return settings.gradient_checkpointing
+
+
 def _beta(settings: CoreSettings) -> bool:
     return settings.flow_use_beta_schedule
 
@@ -49,6 +53,8 @@ ACTS_WITH: Mapping[str, tuple[Condition, str]] = {
     "base_model_default_dtype": (_quantised, _PRECISION),
     "quantize_via": (_quantised, _PRECISION),
     "ema_decay": (_ema, "use_ema"),
+    "gradient_checkpointing_interval": (_recomputes, "gradient_checkpointing"),
+    "gradient_checkpointing_policy": (_recomputes, "gradient_checkpointing"),
     "ema_update_interval": (_ema, "use_ema"),
     "ema_validation": (_ema, "use_ema"),
     "flow_beta_schedule_alpha": (_beta, "flow_use_beta_schedule"),

@@ -101,7 +101,7 @@ def _only_free(values: Sequence[str]) -> bool:
 
 
 def resolve(
-    config: Path | None = None,
+    config: Path | Mapping[str, Any] | None = None,
     *,
     args: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
@@ -111,7 +111,8 @@ def resolve(
 ) -> Resolved:
     """Return the settings of a run, or raise one ConfigError with all problems.
 
-    config: the config file, None for ``--config`` in the arguments or else ``config/config.json``.
+    config: the config file, or the keys that it would hold, None for ``--config`` in the arguments or
+    else ``config/config.json``.
     args: words of the command line. environ: None for the process's own. catalogue: None for the
     installed plugins. pending: None for ``pending.json``. roles: what a run cannot do without.
     """
@@ -135,22 +136,30 @@ class _Resolver:
 
     # --- where values come from ---------------------------------------------------------------
 
-    def gather(self, config: Path | None, args: Sequence[str], environ: Mapping[str, str]) -> None:
+    def gather(
+        self,
+        config: Path | Mapping[str, Any] | None,
+        args: Sequence[str],
+        environ: Mapping[str, str],
+    ) -> None:
         """Merge all sources; ``--config`` may stand in the arguments."""
         flags = self.flags()
         line, problems = sources.from_arguments(args, flags=flags)
         extras, more = sources.from_extra_arguments(environ, flags=flags)
         known = {*self.spellings, *self.pending}
         variables, wrong = sources.from_environment(environ, known=known)
-        file = config
+        source = config
         for found in (extras, line):
             if (named := found.pop("config", None)) is not None and config is None:
-                file = Path(str(named.value))
-        where = str(DEFAULT_CONFIG if file is None else file)
-        content = {name: Given(value, where) for name, value in read_config(file).items()}
+                source = Path(str(named.value))
+        if isinstance(source, Mapping):
+            keys, where = source, "the run's settings"
+        else:
+            keys, where = read_config(source), str(DEFAULT_CONFIG if source is None else source)
+        content = {name: Given(value, where) for name, value in keys.items()}
         self.problems += [*problems, *more, *wrong]
-        for source in (content, variables, extras, line):
-            found, problems = sources.respelled(source, self.spellings)
+        for given in (content, variables, extras, line):
+            found, problems = sources.respelled(given, self.spellings)
             self.given |= found
             self.problems += problems
 

@@ -154,7 +154,6 @@ class Tiny:
         network.to(run.device)
         stack.blocks.to(run.placement.blocks_device)
         network.requires_grad_(run.settings.model_type == "full")
-        stack.policy = "full" if run.settings.gradient_checkpointing else "none"
         return TinyModel(run.spec, network, stack)
 
     @hookimpl

@@ -189,3 +189,22 @@ def test_neighbour_weights():
         0: 1.0, 1: pytest.approx(E**0.5), -1: pytest.approx(E**0.5), 2: pytest.approx(E),
         -2: pytest.approx(E),
     }  # fmt: skip
+
+
+def test_the_similarity_told_is_that_with_the_own_frame():
+    draw = torch.Generator().manual_seed(3)
+    p = torch.randn(2, 3 * 4, 8, generator=draw)
+    y = torch.randn(2, 3, 2, 2, 8, generator=draw)
+    alone = score(p, y, {0: 1.0})
+    together = score(p, y, neighbours(2, 1.0, cumulative=True))
+    assert torch.equal(together.similarity, alone.value)
+    assert not torch.allclose(together.value, alone.value)
+
+
+def test_a_coarser_grid_averages():
+    y = torch.zeros(1, 8, 8, 1)
+    y[:, :, ::4] = 1
+    coarse = on_grid(y, 2, 2)
+    assert torch.allclose(coarse, torch.full_like(coarse, 0.25), atol=0.1), (
+        "a place between two samples would be 0"
+    )

@@ -11,7 +11,7 @@ import torch
 
 from trainer_core import ConfigError, PluginInfo, hookimpl
 from trainer_core.testing.harness import Finished, Interrupted, attempt, train
-from trainer_crepa import Crepa
+from trainer_crepa import Crepa, alignment
 from trainer_crepa import teacher as teachers
 from trainer_crepa.testing import write_teacher
 
@@ -36,7 +36,7 @@ class Watched(Crepa):
     @hookimpl
     def compute_loss(self, run, batch, output):
         term = super().compute_loss(run, batch, output)
-        self.seen.append((term, output))
+        self.seen.append((term, output, self._again(run, batch, output)))
         if term is not None and not self.gradients:
             named = dict(run.model.modules["transformer"].named_parameters())
             found = torch.autograd.grad(
@@ -46,6 +46,18 @@ class Watched(Crepa):
                 {n: g is not None and bool(g.any()) for n, g in zip(named, found, strict=True)}
             )
         return term
+
+    def _again(self, run, batch, output):
+        """Return the term from what this micro-batch's own tokens are compared with."""
+        if self._tap is None:
+            return None
+        tap, features = output.taps[self._tap], batch.conditioning["crepa_features"]
+        grid = run.model.token_grid(tuple(output.inputs.x_t.shape))[1:]
+        with torch.no_grad():
+            projected = self._projector(tap.tokens)
+        weights = alignment.neighbours(1, self.settings.crepa_temporal_decay, cumulative=False)
+        found = alignment.score(projected, alignment.on_grid(features, *grid), weights, ids=tap.ids)
+        return -self.settings.crepa_weight * found.value
 
 
 class Looker:
@@ -100,6 +112,15 @@ def test_it_changes_the_loss_and_no_draw(on: Finished, without: Finished):
         assert step["loss"] == pytest.approx(step["flow"] + step["crepa"], abs=1e-6)
         assert "crepa" not in plain
     assert on.steps[0]["flow"] == without.steps[0]["flow"], "the first forward is the same"
+
+
+def test_the_term_is_minus_the_weighted_score(world: Path):
+    settings = keys(world, crepa_normalize_neighbour_sum=True, crepa_warmup_steps=2)
+    done = run(world, output="signed", settings=settings)
+    for step, weight in zip(done.steps, (0.0, 0.25, 0.5, 0.5), strict=True):
+        assert step["crepa/weight"] == weight
+        assert step["crepa"] == pytest.approx(-weight * step["crepa/score"], abs=1e-6)
+    assert done.steps[-1]["crepa"] != 0
 
 
 def test_the_projector_learns_with_its_own_rate_and_is_saved(world: Path, on: Finished):
@@ -196,11 +217,12 @@ def test_inside_a_route_it_compares_the_kept_tokens(world: Path):
     tread = pytest.importorskip("trainer_tread").Tread
     settings = keys(world, tread_config={"routes": [ROUTE]})
     done = run(world, output="tread", plugins={"crepa": Watched, "tread": tread}, settings=settings)
-    for term, output in done.plugin("crepa").seen:
+    for term, output, again in done.plugin("crepa").seen:
         tap = output.taps[1]
         assert tap.ids.shape == (2, 4)
         assert tap.tokens.shape[:2] == (2, 4)
         assert term.value.shape == (2,)
+        assert torch.equal(term.value.detach(), again), "each kept token with its own place"
 
 
 @pytest.mark.parametrize("ratio", [0.0])
@@ -230,6 +252,7 @@ def test_the_similarity_ends_it_for_good(world: Path):
     settings["crepa_threshold_mode"] = "recoverable"
     done = run(world, output="recoverable", settings=settings)
     assert [step["crepa/weight"] for step in done.steps] == [0.0] * 3
+    assert [step["crepa"] for step in done.steps] == [0.0] * 3
 
 
 @pytest.mark.parametrize(

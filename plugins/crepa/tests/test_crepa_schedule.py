@@ -55,6 +55,12 @@ def test_the_average_begins_with_the_first_value():
     assert not found.is_final()
 
 
+def test_the_average_keeps_the_share_of_its_decay():
+    found = Cutoff(threshold=None, decay=0.9, recovers=False)
+    feed(found, 0.5, 1.0)
+    assert float(found.average) == pytest.approx(0.9 * 0.5 + 0.1 * 1.0)
+
+
 def test_a_permanent_cutoff_stays():
     found = cutoff()
     assert feed(found, 0.5, 0.9, 0.0, 0.0) == [1, 0, 0, 0]

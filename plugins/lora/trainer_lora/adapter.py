@@ -1,6 +1,7 @@
 """LoRA (https://arxiv.org/abs/2106.09685): y = W x + alpha / r * B A x, W frozen.
 
-Knows nothing of the trainer. peft does the layers; here is what a reproducible run adds to them: an
+With DoRA (https://arxiv.org/abs/2402.09353) each row of W + alpha / r * B A gets a trained length m.
+Knows nothing of a run. peft does the layers; here is what a reproducible run adds to them: an
 initialisation that never touches the global random state.
 """
 
@@ -8,98 +9,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
+
+from trainer_core.changes import widened
+from trainer_lora.shape import Shape, match
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
 ADAPTER = "default"
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What an adapter is, apart from its weights.
-
-    rank: r. alpha: the output is scaled by alpha / r. dropout_ratio: share of inputs zeroed in
-    training. targets: ends of the names of the layers that have it.
-    """
-
-    rank: int
-    alpha: float
-    dropout_ratio: float
-    targets: tuple[str, ...]
-
-    @property
-    def scale(self) -> float:
-        """alpha / r."""
-        return self.alpha / self.rank
-
-    def peft_config(self) -> dict[str, Any]:
-        """Return the arguments of peft's ``LoraConfig``, as JSON holds them.
-
-        Only those that describe the adapter and that every version of peft knows.
-        """
-        return {
-            "r": self.rank,
-            "lora_alpha": self.alpha,
-            "lora_dropout": self.dropout_ratio,
-            "target_modules": list(self.targets),
-            "bias": "none",
-            "use_rslora": False,
-            "use_dora": False,
-        }
-
-
-@dataclass(frozen=True)
-class Matches:
-    """Which of a model's layers a list of targets names.
-
-    layers: full names of linear layers. unknown: targets that name nothing. unfit: target → a named
-    module that is no linear layer. known: names of all linear layers.
-    """
-
-    layers: tuple[str, ...]
-    unknown: tuple[str, ...]
-    unfit: Mapping[str, str]
-    known: tuple[str, ...]
-
-
-def match(module: nn.Module, targets: Sequence[str]) -> Matches:
-    """Return the layers whose full name is a target or ends with a dot and a target."""
-    from torch import nn
-
-    linear = {name: isinstance(child, nn.Linear) for name, child in module.named_modules() if name}
-    layers: set[str] = set()
-    unfit: dict[str, str] = {}
-    unknown = []
-    for target in targets:
-        named = [name for name in linear if name == target or name.endswith("." + target)]
-        layers.update(named)
-        unfit.update((target, name) for name in named if not linear[name])
-        if not named:
-            unknown.append(target)
-    known = tuple(name for name, fits in linear.items() if fits)
-    return Matches(tuple(sorted(layers)), tuple(unknown), unfit, known)
-
-
-def endings(names: Sequence[str]) -> list[str]:
-    """Return targets that fit the names, those of repeated blocks first, each once.
-
-    ``blocks.3.attn1.to_q`` gives ``attn1.to_q``, ``blocks.3.attn1.to_out.0`` ``attn1.to_out.0``; a
-    name outside of a numbered list stays whole.
-    """
-    inside, outside = {}, {}
-    for name in names:
-        parts = name.split(".")
-        numbers = [i for i, part in enumerate(parts[:-2]) if part.isdigit()]
-        if numbers:
-            inside[".".join(parts[numbers[0] + 1 :])] = True
-        else:
-            outside[name] = True
-    return [*inside, *outside]
+MAGNITUDE = "lora_magnitude_vector"
 
 
 def inject(
@@ -119,13 +40,16 @@ def inject(
     from peft import LoraConfig, inject_adapter_in_model
     from torch import nn
 
+    layers = match(module, shape.targets).layers
     # peft draws an initialisation that is thrown away; the forks keep it from the global state.
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         # of merging into quantised weights, which is never done
         warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")
-        inject_adapter_in_model(LoraConfig(**shape.peft_config()), module, adapter_name=ADAPTER)
+        config = LoraConfig(**shape.peft_config(layers))
+        inject_adapter_in_model(config, module, adapter_name=ADAPTER)
     for name, layer in adapted(module):
+        _set_dropout(layer, shape.of(name).dropout_ratio)
         a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
         drawn = torch.empty(a.weight.shape, dtype=torch.float32)
         nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator(name))
@@ -133,8 +57,18 @@ def inject(
             part.to(device=device, dtype=dtype)
             with torch.no_grad():
                 part.weight.copy_(value)
-            part.requires_grad_(True)
+        if shape.dora:
+            norm = frozen(layer).float().norm(dim=1)  # (out,): no effect yet
+            layer.lora_magnitude_vector[ADAPTER].weight = nn.Parameter(norm.to(device, dtype))
+        for parameter in _parts(layer).values():
+            parameter.requires_grad_(True)
         layer.train(layer.base_layer.training)
+
+
+def _set_dropout(layer: Any, ratio: float) -> None:
+    from torch import nn
+
+    layer.lora_dropout[ADAPTER] = nn.Dropout(p=ratio) if ratio else nn.Identity()
 
 
 def adapted(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -149,10 +83,51 @@ def _has(child: nn.Module, kind: type) -> bool:
     return isinstance(child, kind) and ADAPTER in child.lora_A  # type: ignore[attr-defined]
 
 
-def weights(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the matrices by name: ``<layer>.lora_A.weight`` (r, in), ``lora_B`` (out, r)."""
-    return {
-        f"{name}.{part}.weight": getattr(layer, part)[ADAPTER].weight
-        for name, layer in adapted(module)
-        for part in ("lora_A", "lora_B")
+def _parts(layer: Any) -> dict[str, nn.Parameter]:
+    parts = {
+        f"{part}.weight": getattr(layer, part)[ADAPTER].weight for part in ("lora_A", "lora_B")
     }
+    if ADAPTER in layer.lora_magnitude_vector:
+        parts[MAGNITUDE] = layer.lora_magnitude_vector[ADAPTER].weight
+    return parts
+
+
+def weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what is trained by name: ``<layer>.lora_A.weight`` (r, in), ``lora_B.weight`` (out, r) and,
+    with DoRA, ``lora_magnitude_vector`` (out,).
+    """
+    return {
+        f"{name}.{part}": parameter
+        for name, layer in adapted(module)
+        for part, parameter in _parts(layer).items()
+    }
+
+
+def frozen(layer: Any) -> Tensor:
+    """Return W (out, in) of a layer with an adapter, as its products use it."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight: Tensor = dequantize_module_weight(layer.base_layer).detach()
+    return weight
+
+
+def change(layer: Any) -> Tensor:
+    """Return W' - W (out, in): what the adapter of a layer adds, with its live scale.
+
+    In float32; with DoRA in float64, since W' and W are nearly the same.
+    """
+    import torch
+
+    has_lengths = ADAPTER in layer.lora_magnitude_vector
+    with torch.no_grad():
+        a = widened(layer.lora_A[ADAPTER].weight, scaled=has_lengths)
+        b = widened(layer.lora_B[ADAPTER].weight, scaled=has_lengths)
+        low_rank = b @ a
+        scaling = layer.scaling[ADAPTER]
+        if not has_lengths:
+            return scaling * low_rank
+        dora = layer.lora_magnitude_vector[ADAPTER]
+        weight = widened(frozen(layer), scaled=True)
+        norm = dora.get_weight_norm(weight, low_rank, scaling)
+        factor = (widened(dora.weight, scaled=True) / norm).view(-1, 1)
+        return factor * (weight + scaling * low_rank) - weight

@@ -35,6 +35,14 @@ def test_the_ramp_in_closed_form(shape, step, expected):
     assert found == pytest.approx(expected, abs=1e-12)
 
 
+def test_a_ramp_without_length_is_a_step():
+    found = [
+        rollout.ramp(step, first=0.2, last=0.6, start=100, length=0, shape="linear")
+        for step in (99, 100, 101)
+    ]
+    assert found == [0.2, 0.6, 0.6]
+
+
 @pytest.mark.parametrize("probability", [0.0, 0.25, 1.0])
 def test_the_share_of_rolled_samples(probability):
     rolled = (counts(probability=probability) > 0).double().mean()
@@ -88,6 +96,13 @@ def test_a_path_on_a_shifted_grid_keeps_its_place_between_the_points():
     found = rollout.paths(sigma, torch.tensor([2]), SHIFTED)[:, 0]
     expected = torch.stack([(SHIFTED[k] + SHIFTED[k + 1]) / 2 for k in (5, 6, 7)])
     torch.testing.assert_close(found, expected)
+
+
+def test_every_path_ends_at_the_very_bits_of_its_level():
+    draw = torch.Generator().manual_seed(1)
+    sigma = torch.rand(500, generator=draw) * 0.9
+    found = rollout.paths(sigma, torch.full((500,), 2), SHIFTED)
+    assert torch.equal(found[-1], sigma)
 
 
 def test_all_ranks_can_take_the_same_number_of_steps():

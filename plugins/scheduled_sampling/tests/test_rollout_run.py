@@ -67,6 +67,19 @@ class Counter:
         network.register_forward_pre_hook(look)
 
 
+class Shifter:
+    """Comes first and leaves x_t off the path."""
+
+    info = PluginInfo(summary="Shifts x_t")
+
+    def __init__(self, settings) -> None:
+        pass
+
+    @hookimpl
+    def prepare_inputs(self, inputs):
+        return replace(inputs, x_t=inputs.x_t + 0.01)
+
+
 def run(folder: Path, *, keys: dict[str, Any] | None = None, plugins=None, **more: Any) -> Finished:
     found = {"scheduled_sampling": Watched} if plugins is None else plugins
     settings = {"max_train_steps": STEPS, **(keys if keys is not None else ON)}
@@ -116,11 +129,14 @@ def test_samples_that_are_not_rolled_stay_as_they_were(world: Path):
     done = run(
         world,
         keys={**ON, "scheduled_sampling_target": "endpoint", "scheduled_sampling_weight": 0.5},
+        plugins={"a_shifter": Shifter, "scheduled_sampling": Watched},
         output="mixed",
     )
     plugin, mixed = done.plugin("scheduled_sampling"), 0
     for (before, after), levels in zip(plugin.seen, plugin.levels_seen, strict=True):
         rolled = levels[0] > levels[-1]
+        s = before.sigma.view(-1, 1, 1, 1, 1)
+        assert not torch.allclose(before.x_t, (1 - s) * before.x0 + s * before.eps)
         mixed += bool(rolled.any() and not rolled.all())
         for name in ("x_t", "target", "loss_weight"):
             was, now = getattr(before, name), getattr(after, name)

@@ -78,6 +78,20 @@ def locate(name: str) -> EncoderFiles:
     return found
 
 
+def described(name: str) -> Path | None:
+    """Return the folder whose config.json tells of the encoder, None for a hub repository.
+
+    Weights need not be there.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return None
+    found = _in_folder(folder)
+    if found is None:
+        raise ModelError(f"{name} holds no UMT5 text encoder. {WAY_OUT}")
+    return found.model
+
+
 def _in_folder(folder: Path) -> EncoderFiles | None:
     if (folder / "text_encoder" / "config.json").is_file():
         _require_umt5(folder / "text_encoder")

@@ -12,13 +12,15 @@ from trainer_core.hookspecs import hookimpl
 from trainer_core.run import QUANTISE_ENCODER
 from trainer_core.types import EncodedTensor, Encoder, EncoderSample, LoadedEncoder, PluginInfo
 from trainer_umt5.config import Umt5Settings
-from trainer_umt5.files import DEFAULT_REPO, EncoderFiles, locate
+from trainer_umt5.files import DEFAULT_REPO, EncoderFiles, described, locate
 from trainer_umt5.text import CLEANING, MAX_TOKENS, TextEncoder, load
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainer_core.planner.sketch import Sketch
     from trainer_core.run import Run
+    from trainer_umt5.sketch import SketchedText
 
 ENCODER = "umt5.text"
 
@@ -46,6 +48,7 @@ class Umt5:
                 load=partial(self._load, run),
                 # Captions pass the network one by one whatever the group, so no bit depends on it.
                 batch_size=run.settings.write_batch_size,
+                sketch=partial(self._sketch, run),
                 quantised=True,
             )
         ]
@@ -61,8 +64,11 @@ class Umt5:
         return [{"text_embeds": network.embed(sample.caption or "")} for sample in samples]
 
     def _files(self, run: Run) -> EncoderFiles:
+        return locate(self._named(run))
+
+    def _named(self, run: Run) -> str:
         name = self.settings.pretrained_t5_model_name_or_path
-        return locate(name or run.settings.pretrained_model_name_or_path or DEFAULT_REPO)
+        return name or run.settings.pretrained_model_name_or_path or DEFAULT_REPO
 
     def _identity(self, run: Run) -> dict[str, Any]:
         import ftfy
@@ -93,3 +99,13 @@ class Umt5:
         if quantiser is not None:
             network = replace(network, model=quantiser.apply(network.model))
         return network
+
+    def _sketch(self, run: Run, builder: Sketch) -> SketchedText:
+        from trainer_umt5 import sketch
+
+        model = described(self._named(run))
+        network = sketch.build(builder, model, dtype=run.placement.dtype)
+        quantiser = run.state.get(QUANTISE_ENCODER, None)
+        return (
+            network if quantiser is None else replace(network, model=quantiser.apply(network.model))
+        )

@@ -12,6 +12,7 @@ import torch
 from trainer_core.run import Run
 from trainer_core.settings.core import CoreSettings
 from trainer_core.types import ModelInputs, Moment, Placement
+from trainer_wan.flavours import FLAVOURS
 from trainer_wan.testing import TEXT_DIM, write_checkpoint
 
 
@@ -26,6 +27,20 @@ def one_thread():
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("wan") / "tiny", layers=3)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a maker of tiny checkpoints by flavour; those that share a repository share one."""
+    root, made = tmp_path_factory.mktemp("flavours"), {}
+
+    def make(name: str) -> Path:
+        repo = FLAVOURS[name].repo
+        if repo not in made:
+            made[repo] = write_checkpoint(root / repo.replace("/", "-"), flavour=name, layers=2)
+        return made[repo]
+
+    return make
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ umt5 = pytest.importorskip("trainer_umt5")
 class TestWan(PluginContract):
     name = "wan"
     plugin = Wan
+    core = {"model_flavour": "t2v-480p-1.3b-2.1"}  # noqa: RUF012  # a ClassVar of the contract
     others = {"umt5": umt5.Umt5}  # noqa: RUF012  # a ClassVar of the contract
 
     @classmethod

@@ -8,7 +8,8 @@ import pytest
 
 from trainer_core.errors import ConfigError, ModelError
 from trainer_wan import Wan
-from trainer_wan.flavours import FLAVOURS, Shape, check_repo, check_weights, choose
+from trainer_wan.checks import check_repo, check_weights
+from trainer_wan.flavours import FLAVOURS, Shape, choose
 
 T2V_1_3B, T2V_14B = choose(None), choose("t2v-480p-14b-2.1")
 
@@ -17,26 +18,21 @@ def config_of(name, **changes):
     return {**vars(FLAVOURS[name].shape), **changes}
 
 
-def test_the_default_and_the_built_flavours():
+def test_the_default_flavour():
     assert T2V_1_3B.name == "t2v-480p-1.3b-2.1"
     assert T2V_1_3B.repo == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     assert T2V_14B.repo == "Wan-AI/Wan2.1-T2V-14B-Diffusers"
 
 
-@pytest.mark.parametrize("name", [n for n, f in FLAVOURS.items() if not f.built])
-def test_a_known_flavour_that_is_not_built_is_refused_by_name(name):
-    with pytest.raises(ConfigError, match=rf"model_flavour = '{name}'.*not built yet"):
-        choose(name)
-
-
 def test_an_unknown_flavour_gets_a_did_you_mean():
     with pytest.raises(ConfigError, match=r"Did you mean t2v-480p-14b-2\.1\?"):
-        choose("t2v-480p-14b-2.2")
+        choose("t2v-480p-14b")
 
 
 def test_real_weights_of_the_flavour_are_taken():
-    for flavour in (T2V_1_3B, T2V_14B):
-        check_weights(flavour, config=config_of(flavour.name), index={}, source="folder")
+    for flavour in FLAVOURS.values():
+        index = {"boundary_ratio": flavour.boundary}
+        check_weights(flavour, config=config_of(flavour.name), index=index, source="folder")
 
 
 def test_a_config_without_channels_means_what_diffusers_defaults_to():
@@ -73,6 +69,7 @@ def test_weights_of_another_flavour_are_refused_naming_both_keys_and_the_repo(
         ({"in_channels": 48, "out_channels": 48}, {}, "in_channels 48"),
         ({"image_dim": 1280}, {}, "image_dim 1280"),
         ({}, {"boundary_ratio": 0.9}, "boundary_ratio 0.9"),
+        ({"pos_embed_seq_len": 514}, {}, "pos_embed_seq_len 514"),
     ],
 )
 def test_tiny_weights_of_another_kind_are_refused(change, index, says):

@@ -76,7 +76,11 @@ def test_prediction_loss_and_gradients_equal_stock(
     assert close(found_loss, expected_loss)
     assert found_grads.keys() == expected_grads.keys()
     assert len(found_grads) > 10
-    assert not [n for n, g in expected_grads.items() if not close(found_grads[n], g)]
+    apart = {n: (found_grads[n] - g).abs().max() for n, g in expected_grads.items()}
+    largest = max(g.abs().max() for g in expected_grads.values())
+    assert max(apart.values()) <= BOUND * largest
+    # Gradients behind the attention to the text nearly cancel: both are this far from float64's.
+    assert not [n for n, g in expected_grads.items() if apart[n] > 2e-4 * g.abs().max()]
 
 
 def test_the_comparison_would_see_a_wrong_timestep(checkpoint, stock, make_inputs):

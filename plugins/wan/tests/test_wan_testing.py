@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import DiffusionPipeline, WanPipeline
+from PIL import Image
 
+from trainer_wan.flavours import FLAVOURS
 from trainer_wan.testing import main, write_checkpoint
 
 
@@ -32,9 +34,28 @@ def test_the_seed_matters_and_the_command_line_works(checkpoint, tmp_path, capsy
     assert len(WanPipeline.from_pretrained(tmp_path / "other").transformer.blocks) == 2
 
 
-def test_a_flavour_that_is_not_built_is_refused(tmp_path):
+def test_an_unknown_flavour_is_refused(tmp_path):
     with pytest.raises(SystemExit):
-        main(["checkpoint", str(tmp_path), "--flavour", "ti2v-5b-2.2"])
+        main(["checkpoint", str(tmp_path), "--flavour", "ti2v-5b-2.1"])
+
+
+@pytest.mark.parametrize("name", FLAVOURS)
+def test_each_flavours_tiny_checkpoint_is_the_pipeline_that_its_weights_say(checkpoints, name):
+    """Diffusers picks the class by itself and runs it."""
+    folder, flavour = checkpoints(name), FLAVOURS[name]
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    assert (pipeline.transformer_2 is not None) == (flavour.stage is not None)
+    assert pipeline.config.boundary_ratio == flavour.boundary
+    assert pipeline.config.expand_timesteps == (flavour.task == "ti2v")
+    size = {"height": 32, "width": 64, "num_frames": 5, "num_inference_steps": 2}
+    images = {}
+    for key, frame in zip(("image", "last_image"), flavour.given_frames, strict=False):
+        shade = 40 if frame == "first" else 200
+        images[key] = Image.new("RGB", (64, 32), (shade, 80, 120))
+    frames = pipeline(prompt="a red circle", **images, **size).frames
+    assert frames.shape == (1, 5, 32, 64, 3)
+    assert frames.std() > 0.01
 
 
 def test_the_stock_pipeline_runs_it_and_reads_any_text(checkpoint):

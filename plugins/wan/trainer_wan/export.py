@@ -11,7 +11,7 @@ import torch
 
 from trainer_core.errors import CheckpointError
 from trainer_core.files import write_json
-from trainer_wan.weights import Weights
+from trainer_wan.weights import Weights, opened
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,11 +34,9 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     if indices:
         weight_map: dict[str, str] = json.loads(indices[0].read_text("utf-8"))["weight_map"]
         return {name: folder / file for name, file in weight_map.items()}
-    from safetensors import safe_open
-
     found: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
+        with opened(path) as file:
             found |= dict.fromkeys(file.keys(), path)
     return found
 
@@ -104,7 +102,8 @@ def write_pipeline(folder: Path, *, weights: Weights, trained: dict[str, Any]) -
     for name, value in index.items():
         if name in trained or not isinstance(value, list) or value[0] is None:
             continue
-        source = weights.component(name) if name.startswith("transformer") else base / name
+        taken = name.startswith("transformer") or name == "vae"  # may come from elsewhere
+        source = weights.component(name) if taken else base / name
         ignore = shutil.ignore_patterns("*.bin", "*.pt", "*.pth", "*.ckpt")
         shutil.copytree(source, folder / name, dirs_exist_ok=True, ignore=ignore)
     write_json(folder / "model_index.json", index)

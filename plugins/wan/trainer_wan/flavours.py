@@ -11,6 +11,8 @@ from trainer_core.errors import ConfigError, Problem
 from trainer_core.types import Expert, ModelSpec
 
 DEFAULT = "t2v-480p-1.3b-2.1"
+HIGH, LOW = "transformer", "transformer_2"
+"""The high- and the low-noise expert, by diffusers' names of the components."""
 
 Size = tuple[int, int]
 SIZES_480P: tuple[Size, ...] = ((832, 480), (480, 832))
@@ -53,7 +55,8 @@ class Flavour:
     """A member of the family.
 
     title: for sentences. task: what goes in beside the text. stage: which expert of a two-expert
-    model it trains, None where there is one. built: this version can train it.
+    model it trains, None where there is one. boundary: share of the noise range where the low-noise
+    expert ends, as the repository's own pipeline has it.
     """
 
     name: str
@@ -65,32 +68,75 @@ class Flavour:
     sizes: tuple[Size, ...] = SIZES_480P + SIZES_720P
     fps: float = 16.0
     alignment: int = 16
-    built: bool = False
+    boundary: float | None = None
 
-    def spec(self, *, model_type: str, num_blocks: int | None = None) -> ModelSpec:
-        """Return the facts that core asks for; one expert over the whole noise range.
+    @property
+    def uses_clip(self) -> bool:
+        """Whether the model looks at the image through CLIP too."""
+        return self.shape.image_dim is not None
 
-        num_blocks: of the weights, where they are known.
+    @property
+    def given_frames(self) -> tuple[str, ...]:
+        """Frames of a clip that the model is given: none, the first, or the first and the last."""
+        return {"i2v": ("first",), "flf2v": ("first", "last")}.get(self.task, ())
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Components that are trained, in diffusers' names: the high-noise expert comes first."""
+        return {"low": (LOW,), "both": (HIGH, LOW)}.get(self.stage or "", (HIGH,))
+
+    def spec(
+        self, *, model_type: str, boundary: float | None = None, num_blocks: int | None = None
+    ) -> ModelSpec:
+        """Return the facts that core asks for.
+
+        boundary: the weights' own boundary_ratio; the repository's without it. num_blocks: of the
+        weights, where they are known.
         """
         what = "LoRA" if model_type == "lora" else "all weights"
+        experts = experts_of(self, self.boundary if boundary is None else boundary)
         return ModelSpec(
             name=self.name,
             fps=self.fps,
             frame_stride=4,
             alignment=self.alignment,
             patch=(4, self.alignment, self.alignment),
-            experts=(Expert("transformer"),),
+            experts=experts,
             sizes=self.sizes,
-            sentence=f"{self.title}, all noise levels, {what}",
+            sentence=f"{self.title}, {_ranges(self, experts)}, {what}",
             num_blocks=num_blocks,
+            needs={"image_embeds": "the plugin clip"} if self.uses_clip else {},
         )
 
 
-def _a14b(task: Literal["t2v", "i2v"], shape: Shape) -> list[Flavour]:
+def experts_of(flavour: Flavour, boundary: float | None) -> tuple[Expert, ...]:
+    """Return the trained experts with their shares of the noise range.
+
+    As diffusers' pipelines do it: ``transformer`` denoises from the boundary on, ``transformer_2``
+    below it.
+    """
+    if flavour.stage is None or boundary is None:
+        return tuple(Expert(role) for role in flavour.roles)
+    ranges = {HIGH: (boundary, 1.0), LOW: (0.0, boundary)}
+    return tuple(Expert(role, *ranges[role]) for role in flavour.roles)
+
+
+def _ranges(flavour: Flavour, experts: tuple[Expert, ...]) -> str:
+    if flavour.stage is None:
+        return "all noise levels"
+    names = {HIGH: "high-noise expert", LOW: "low-noise expert"}
+    return " and ".join(
+        f"{names[e.role]}, t in [{1000 * e.sigma_min:g}, {1000 * e.sigma_max:g}]" for e in experts
+    )
+
+
+def _a14b(task: Literal["t2v", "i2v"], shape: Shape, boundary: float) -> list[Flavour]:
     repo, title = f"Wan-AI/Wan2.2-{task.upper()}-A14B-Diffusers", f"Wan 2.2 {task.upper()} A14B"
     stages: tuple[Literal["high", "low", "both"], ...] = ("high", "low", "both")
     return [
-        Flavour(f"{task}-14b-2.2-{stage}", f"{title} {stage}", repo, shape, task=task, stage=stage)
+        Flavour(
+            f"{task}-14b-2.2-{stage}", title, repo, shape, task=task, stage=stage, boundary=boundary
+        )
         for stage in stages
     ]
 
@@ -104,17 +150,20 @@ def _family() -> dict[str, Flavour]:
             "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
             WAN_1_3B,
             sizes=SIZES_480P,
-            built=True,
         ),
         Flavour(
             "t2v-480p-14b-2.1",
             "Wan 2.1 T2V 14B",
             "Wan-AI/Wan2.1-T2V-14B-Diffusers",
             WAN_14B,
-            built=True,
         ),
         Flavour(
-            "i2v-14b-2.1", "Wan 2.1 I2V 14B 480p", i2v.format("480P"), WAN_14B_I2V_CLIP, task="i2v"
+            "i2v-14b-2.1",
+            "Wan 2.1 I2V 14B 480p",
+            i2v.format("480P"),
+            WAN_14B_I2V_CLIP,
+            task="i2v",
+            sizes=SIZES_480P,
         ),
         Flavour(
             "i2v-14b-2.1-720p",
@@ -122,6 +171,7 @@ def _family() -> dict[str, Flavour]:
             i2v.format("720P"),
             WAN_14B_I2V_CLIP,
             task="i2v",
+            sizes=SIZES_720P,
         ),
         Flavour(
             "flf2v-14b-2.1",
@@ -129,9 +179,10 @@ def _family() -> dict[str, Flavour]:
             "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers",
             WAN_14B_FLF2V,
             task="flf2v",
+            sizes=SIZES_720P,
         ),
-        *_a14b("i2v", WAN_14B_I2V),
-        *_a14b("t2v", WAN_14B),
+        *_a14b("i2v", WAN_14B_I2V, 0.9),
+        *_a14b("t2v", WAN_14B, 0.875),
         Flavour(
             "ti2v-5b-2.2",
             "Wan 2.2 TI2V 5B",
@@ -152,71 +203,18 @@ FLAVOURS: Mapping[str, Flavour] = _family()
 def choose(name: str | None) -> Flavour:
     """Return the flavour of that name, the default for None.
 
-    Raises ConfigError for an unknown name and for one that this version cannot train.
+    Raises ConfigError for an unknown name.
     """
     name = name or DEFAULT
     flavour = FLAVOURS.get(name)
-    built = ", ".join(f.name for f in FLAVOURS.values() if f.built)
     if flavour is None:
         near = difflib.get_close_matches(name, FLAVOURS, n=1)
         hint = f"Did you mean {near[0]}? " if near else ""
-        raise _refused(name, f"wan has no such flavour. {hint}", f"It trains {built}.")
-    if not flavour.built:
-        raise _refused(name, f"{flavour.title} is not built yet.", f"Take one of {built}.")
+        text = f"wan has no such flavour. {hint}"
+        raise refused(name, text, f"It trains {', '.join(FLAVOURS)}.")
     return flavour
 
 
-def check_repo(flavour: Flavour, repo: str) -> bool:
-    """Return whether ``repo`` is known to fit; ConfigError if it is known not to. No network."""
-    known = [other for other in FLAVOURS.values() if other.repo == repo]
-    if known and flavour not in known:
-        raise _contradiction(flavour, repo, known)
-    return bool(known)
-
-
-def check_weights(
-    flavour: Flavour, *, config: Mapping[str, Any], index: Mapping[str, Any], source: str
-) -> None:
-    """Raise ConfigError where weights contradict the flavour.
-
-    config: the transformer's config.json; index: the pipeline's model_index.json. A known shape
-    must be the flavour's; of an unknown one (a tiny test model) channels, CLIP and experts must
-    agree.
-    """
-    shape = Shape.of(config)
-    staged = index.get("boundary_ratio") is not None
-    fits = [f for f in FLAVOURS.values() if f.shape == shape and (f.stage is not None) == staged]
-    if flavour in fits:
-        return
-    if fits:
-        raise _contradiction(flavour, source, fits)
-    wanted = flavour.shape
-    differs = {
-        "in_channels": (shape.in_channels, wanted.in_channels),
-        "out_channels": (shape.out_channels, wanted.out_channels),
-        "image_dim": (bool(shape.image_dim), bool(wanted.image_dim)),
-        "boundary_ratio": (staged, flavour.stage is not None),
-    }
-    for name, (found, expected) in differs.items():
-        if found != expected:
-            given = f"{name} {config.get(name, index.get(name))}"
-            raise _refused(
-                flavour.name,
-                f"the weights of pretrained_model_name_or_path = {source!r} have {given}, "
-                f"which no {flavour.title} has.",
-                f"Set pretrained_model_name_or_path to {flavour.repo}, or model_flavour to what "
-                "the weights are.",
-            )
-
-
-def _contradiction(flavour: Flavour, source: str, fits: list[Flavour]) -> ConfigError:
-    names = " or ".join(f.name for f in fits)
-    return _refused(
-        flavour.name,
-        f"pretrained_model_name_or_path = {source!r} holds {fits[0].title}, not {flavour.title}.",
-        f"Set model_flavour to {names}, or pretrained_model_name_or_path to {flavour.repo}.",
-    )
-
-
-def _refused(name: str, text: str, way_out: str) -> ConfigError:
+def refused(name: str, text: str, way_out: str) -> ConfigError:
+    """Return the error that a model_flavour gets."""
     return ConfigError([Problem("model_flavour", text.strip(), value=name, way_out=way_out)])

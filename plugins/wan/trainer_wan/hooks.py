@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer_core.capabilities import Blocks, CountedBlocks, SamplingGrid, TokenGrid
+from trainer_core.capabilities import Blocks, CountedBlocks, NativeNames, SamplingGrid, TokenGrid
+from trainer_core.errors import ConfigError, Problem
 from trainer_core.files import digest_json, replace_folder
 from trainer_core.hookspecs import hookimpl
-from trainer_core.run import DROP_VAE_ENCODER, MODEL_ASIDE
+from trainer_core.run import IMAGE_EMBEDS_OF
 from trainer_core.types import (
     Artifact,
     EncodedTensor,
@@ -20,92 +20,187 @@ from trainer_core.types import (
     EncoderSample,
     LoadedEncoder,
     ModelSpec,
+    Moment,
     PluginInfo,
 )
-from trainer_wan.config import WanSettings
-from trainer_wan.flavours import Flavour, Shape, check_repo, check_weights, choose
+from trainer_wan import attention
+from trainer_wan.checks import check_keys, check_repo, check_vae, check_weights
+from trainer_wan.config import WanSettings, chunk_of
+from trainer_wan.experts import check_names, check_weights_apart
+from trainer_wan.flavours import Flavour, Shape, choose
 from trainer_wan.weights import Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainer_core.planner.sketch import Sketch
     from trainer_core.run import Run
     from trainer_wan.model import WanModel
+    from trainer_wan.sampling import Given
 
-VAE = "wan.vae"
+VAE, CONDITION = "wan.vae", "wan.condition"
 PIPELINE = "pipeline"
 
 
 class Wan:
-    """Trains the text-to-video models of Wan 2.1, as diffusers stores them."""
+    """Trains the video models of Wan 2.1 and 2.2, as diffusers stores them."""
 
     info = PluginInfo(
-        summary="Wan video models: T2V 1.3B and 14B of Wan 2.1",
+        summary="Wan 2.1 and 2.2 video models: text, image, first and last frame to video",
         settings=WanSettings,
         provides=("model",),
         values=("model_family=wan",),
         requires=("umt5",),
-        exposes=(Blocks, TokenGrid, CountedBlocks, SamplingGrid),
+        exposes=(Blocks, TokenGrid, CountedBlocks, SamplingGrid, NativeNames),
     )
 
     def __init__(self, settings: WanSettings | None = None) -> None:
         self.settings = settings or WanSettings()
         self._weights: Weights | None = None
+        self._given: Given | None = None
 
     @hookimpl
     def describe_model(self, run: Run) -> ModelSpec:
         """Return the flavour's facts; a folder's or known repository's weights are checked here."""
         flavour = choose(run.settings.model_flavour)
+        check_keys(
+            flavour,
+            self.settings,
+            model_type=run.settings.model_type,
+            blocks_move=run.placement.blocks is not None,
+        )
         weights = self._locate(run)
-        if self.settings.vae_enable_slicing and run.settings.vae_batch_size == 1:
-            run.say("vae_enable_slicing has no effect: it acts with vae_batch_size above 1 only")
-        num_blocks = None
-        if weights.is_local:
-            self._check(flavour, weights)
-            num_blocks = Shape.of(weights.config("transformer")).num_layers
-        elif check_repo(flavour, weights.source):
+        check_names(flavour, weights)
+        boundary = num_blocks = None
+        if self._is_known(flavour, weights):
             num_blocks = flavour.shape.num_layers
-        return flavour.spec(model_type=run.settings.model_type, num_blocks=num_blocks)
+        elif weights.is_local:
+            self._check(flavour, weights)
+            shapes = [Shape.of(weights.config(role)) for role in flavour.roles]
+            num_blocks = min(shape.num_layers for shape in shapes)
+            boundary = weights.index().get("boundary_ratio")
+        elif flavour.stage is not None:
+            boundary = weights.index().get("boundary_ratio")
+        if flavour.uses_clip:
+            run.state[IMAGE_EMBEDS_OF] = flavour.given_frames
+        return flavour.spec(
+            model_type=run.settings.model_type, boundary=boundary, num_blocks=num_blocks
+        )
+
+    def check(self, run: Run) -> None:
+        """Refuse what cannot be computed here; say what is computed otherwise than asked."""
+        chunk, said = chunk_of(self.settings)
+        if chunk and run.settings.compile_blocks:
+            problem = Problem(
+                "compile_blocks",
+                "a compiled block is one piece, and the feed-forward is to be computed in chunks.",
+                value=True,
+                way_out="Remove compile_blocks or enable_chunked_feed_forward.",
+            )
+            raise ConfigError([problem])
+        slicing = None
+        if self.settings.vae_enable_slicing and run.settings.vae_batch_size == 1:
+            slicing = "vae_enable_slicing has no effect: it acts with vae_batch_size above 1 only"
+        for sentence in (said, slicing, attention.check(self.settings.attention_mechanism)):
+            if sentence is not None:
+                run.say_once(sentence)
 
     def encoders(self, run: Run) -> Sequence[Encoder]:
-        """Return the VAE, which writes ``latents`` (C, f, h, w) float32, normalised."""
-        return [
-            Encoder(
-                name=VAE,
-                reads="pixels",
-                writes=(EncodedTensor("latents"),),
-                identity=partial(self._identity, run),
-                load=partial(self._load_vae, run),
-                batch_size=run.settings.vae_batch_size,
-            )
-        ]
+        """Return the VAE, which writes ``latents`` (C, f, h, w) float32, normalised, and what makes
+        the model's view of given frames of them.
+        """
+        flavour = choose(run.settings.model_flavour)
+        found = [self._encoder(run, VAE, "latents", {})]
+        if frames := flavour.given_frames:
+            facts = {"frames": list(frames), "form": "mask and latents"}
+            found.append(self._encoder(run, CONDITION, "condition", facts))
+        elif flavour.task == "ti2v" and self.settings.wan_first_frame_probability > 0:
+            found.append(self._encoder(run, CONDITION, "first_frame", {"form": "first frame"}))
+        return found
+
+    def _encoder(self, run: Run, name: str, writes: str, facts: Mapping[str, Any]) -> Encoder:
+        return Encoder(
+            name=name,
+            reads="pixels",
+            writes=(EncodedTensor(writes),),
+            identity=lambda: {**self._identity(run), **facts},
+            load=partial(self._load_vae, run),
+            batch_size=run.settings.vae_batch_size,
+            sketch=partial(self._sketch_vae, run),
+        )
 
     @hookimpl
     def encode_batch(
-        self, encoder: LoadedEncoder, samples: Sequence[EncoderSample]
+        self, run: Run, encoder: LoadedEncoder, samples: Sequence[EncoderSample]
     ) -> Sequence[Mapping[str, Tensor]] | None:
-        """Return ``latents`` of each clip."""
-        if encoder.name != VAE:
+        """Return ``latents``, ``condition`` or ``first_frame`` of each clip."""
+        if encoder.name not in (VAE, CONDITION):
             return None
-        from trainer_wan import vae
+        from trainer_wan import condition, vae
 
         clips = [sample.pixels for sample in samples if sample.pixels is not None]
-        return [{"latents": latents} for latents in vae.encode(encoder.network, clips)]
+        if encoder.name == VAE:
+            return [{"latents": latents} for latents in vae.encode(encoder.network, clips)]
+        frames = choose(run.settings.model_flavour).given_frames
+        if not frames:
+            return [{"first_frame": condition.first_frame(encoder.network, clip)} for clip in clips]
+        last = "last" in frames
+        found = [condition.concatenated(encoder.network, clip, last=last) for clip in clips]
+        return [{"condition": tensor} for tensor in found]
 
     @hookimpl
     def load_model(self, run: Run) -> WanModel:
-        """Return the transformer behind its block runner, at ``run.placement``."""
+        """Return the transformers behind their block runner, at ``run.placement``."""
+        if run.sketch is not None:
+            return self._sketch_model(run)
         from trainer_wan.model import load
 
-        weights = self._fitting(run)
-        return load(
-            weights.component("transformer"),
+        weights, flavour = self._fitting(run), choose(run.settings.model_flavour)
+        if untold := check_weights_apart(flavour, weights):
+            run.say_once(untold)
+        base = None
+        if weights.has_own_transformer and self.settings.wan_force_2_1_time_embedding:
+            base = weights.transformer(flavour.roles[0], own=False)
+        model = load(
+            [weights.transformer(role) for role in flavour.roles],
             spec=run.spec,
             placement=run.placement,
             train_all=run.settings.model_type == "full",
-            checkpointing=run.settings.gradient_checkpointing,
             scheduler=weights.config("scheduler"),
+            base=base,
+            one_time=self.settings.wan_force_2_1_time_embedding,
+            draw_given=partial(self._draw_given, run),
+            say=run.say_once,
         )
+        chunk, _ = chunk_of(self.settings)
+        for role, transformer in model.modules.items():
+            model.bare(role).chunk_feed_forward(chunk)
+            attention.use(transformer, self.settings.attention_mechanism, **_place(run))
+        return model
+
+    def _draw_given(self, run: Run, moment: Moment, num_samples: int) -> Tensor:
+        """Return which clips of a micro-batch have their first frame given, (B,) bool."""
+        import torch
+
+        generator = run.generator("wan/first_frame", moment=moment)
+        drawn = torch.rand(num_samples, generator=generator)
+        return drawn < self.settings.wan_first_frame_probability
+
+    def attach(self, run: Run) -> None:
+        """Lay one of two experts to rest, now that adapters are in; say what images teach."""
+        model: Any = run.model
+        rests = self.settings.wan_one_expert_resident and len(model.modules) > 1
+        if rests and run.sketch is None:
+            from trainer_wan.resting import Resting
+
+            networks = {role: model.bare(role) for role in model.modules}
+            Resting(networks, device=run.device)
+        flavour = choose(run.settings.model_flavour)
+        if flavour.given_frames and any(shape[0] == 1 for shape in run.clip_shapes):
+            run.say_once(
+                f"clips of one frame: {run.spec.name} is given that very frame, so that they teach it "
+                "little; videos or a text-to-video flavour teach more"
+            )
 
     @hookimpl
     def save_weights(self, run: Run, folder: Path, final: bool) -> Sequence[str] | None:
@@ -139,65 +234,50 @@ class Wan:
 
     @hookimpl
     def validate(self, run: Run) -> Sequence[Artifact]:
-        """Return one clip for each of ``run.prompts``; the VAE is loaded for decoding alone."""
+        """Return one clip for each of ``run.prompts``."""
         if not run.prompts:
             return []
-        from trainer_wan import vae
-        from trainer_wan.sampling import sample_latents, settle
+        from trainer_wan.validation import given_for, render
 
-        weights = self._locate(run)
-        scheduler = weights.config("scheduler")
-        sampling = settle(run, scheduler)
-        negative = None
-        if sampling.guidance > 1:
-            text = run.settings.validation_negative_prompt
-            negative = run.encoded_caption(text)["text_embeds"]
-        model: Any = run.model
-        clips = sample_latents(
-            model.bare(run.spec.experts[0].role),
-            [run.encoded_caption(prompt.text)["text_embeds"] for prompt in run.prompts],
-            negative=negative,
-            sampling=sampling,
-            scheduler_config=scheduler,
-            device=run.device,
-        )
-        with run.state.get(MODEL_ASIDE, nullcontext)():
-            decoder = vae.load(
-                weights.component("vae"),
-                device=run.device,
-                decoder_only=run.state.get(DROP_VAE_ENCODER, False),
-                tiling=self.settings.vae_enable_tiling,
-            )
-            return [
-                Artifact(
-                    name=prompt.name,
-                    frames=vae.decode(decoder, latents).numpy(),
-                    fps=run.spec.fps,
-                    caption=prompt.text,
-                )
-                for prompt, latents in zip(run.prompts, clips, strict=True)
-            ]
+        weights, flavour = self._fitting(run), choose(run.settings.model_flavour)
+        if self._given is None:
+            self._given = given_for(run, self.settings, flavour, weights.config("scheduler"))
+        return render(run, weights, self.settings, flavour, self._given)
 
     def _locate(self, run: Run) -> Weights:
         """Return the files that the settings choose."""
         flavour = choose(run.settings.model_flavour)
         source = run.settings.pretrained_model_name_or_path or flavour.repo
         if self._weights is None or self._weights.source != source:
-            self._weights = Weights(source)
+            self._weights = Weights(
+                source,
+                transformer=self.settings.pretrained_transformer_model_name_or_path,
+                subfolder=self.settings.pretrained_transformer_subfolder,
+                vae=self.settings.pretrained_vae_model_name_or_path,
+            )
         return self._weights
 
     def _fitting(self, run: Run) -> Weights:
         """Return the files after making sure that they are what the flavour says."""
         weights = self._locate(run)
         flavour = choose(run.settings.model_flavour)
-        if weights.is_local or not check_repo(flavour, weights.source):
+        if not self._is_known(flavour, weights):
             self._check(flavour, weights)
         return weights
 
     @staticmethod
+    def _is_known(flavour: Flavour, weights: Weights) -> bool:
+        """Return whether the pipeline's name alone says that all fits."""
+        replaced = weights.has_own_transformer or weights.vae_repo is not None
+        return not weights.is_local and check_repo(flavour, weights.source) and not replaced
+
+    @staticmethod
     def _check(flavour: Flavour, weights: Weights) -> None:
-        config, index = weights.config("transformer"), weights.index()
-        check_weights(flavour, config=config, index=index, source=weights.source)
+        for role in flavour.roles:
+            key, source = weights.named(role)
+            config, index = weights.config(role), weights.index()
+            check_weights(flavour, config=config, index=index, source=source, key=key)
+        check_vae(flavour, weights.config("vae"), weights)
 
     def _identity(self, run: Run) -> dict[str, Any]:
         from trainer_wan import vae
@@ -211,6 +291,28 @@ class Wan:
             **({"tiling": True} if self.settings.vae_enable_tiling else {}),
         }
 
+    def _sketch_model(self, run: Run) -> WanModel:
+        from trainer_wan import sketch
+
+        flavour = choose(run.settings.model_flavour)
+        return sketch.model(
+            run,
+            flavour,
+            self._told(run, flavour),
+            one_time=self.settings.wan_force_2_1_time_embedding,
+        )
+
+    def _sketch_vae(self, run: Run, builder: Sketch) -> Any:
+        from trainer_wan import sketch
+
+        flavour = choose(run.settings.model_flavour)
+        return sketch.vae(builder, flavour, self._told(run, flavour))
+
+    def _told(self, run: Run, flavour: Flavour) -> Weights | None:
+        """Return files whose configurations have to be read; None where the flavour says all."""
+        weights = self._locate(run)
+        return None if self._is_known(flavour, weights) else weights
+
     def _load_vae(self, run: Run) -> Any:
         from trainer_wan import vae
 
@@ -220,3 +322,7 @@ class Wan:
             tiling=self.settings.vae_enable_tiling,
             slicing=self.settings.vae_enable_slicing,
         )
+
+
+def _place(run: Run) -> dict[str, Any]:
+    return {"device": run.device, "dtype": run.placement.dtype}

@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer_core.blocks import BlockStack
-from trainer_core.errors import ModelError
-from trainer_core.types import BlockFlops, ForwardPlan, ModelInputs, ModelSpec, Placement, TapResult
+from trainer_core.transfer import pinned, sent
+from trainer_core.types import (
+    BlockFlops,
+    ForwardPlan,
+    ModelInputs,
+    ModelSpec,
+    Moment,
+    Placement,
+    TapResult,
+)
+from trainer_wan.loading import FLAG, load_transformer
+from trainer_wan.names import AuthorsNames
 from trainer_wan.network import WanNetwork
+from trainer_wan.weights import TransformerFiles
 
 if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+
     from trainer_core.run import Run
 
+TI2V_CHANNELS = 48
+IMAGE_TOKENS = 257
+"""CLIP's tokens of one image: its class and 16 x 16 patches."""
 TEXT_TOKENS = 512
 """Length that captions are padded to, as the model was trained."""
 
 
-class WanModel:
-    """What ``load_model`` returns; satisfies Model, Blocks, TokenGrid, CountedBlocks and SamplingGrid.
+class WanModel(AuthorsNames):
+    """What ``load_model`` returns; satisfies Model, Blocks, TokenGrid, CountedBlocks, SamplingGrid and
+    NativeNames.
 
     modules: role → ``WanTransformer3DModel``. networks: role → :class:`WanNetwork` over it; core
     may replace an entry by its wrapper. scheduler: the config of the scheduler that samples are drawn
-    with.
+    with. draw_given: (moment, B) → (B,) bool on the CPU, the clips whose first frame TI2V is given.
     """
 
     def __init__(
@@ -35,8 +52,10 @@ class WanModel:
         networks: Mapping[str, WanNetwork],
         *,
         scheduler: Mapping[str, Any] | None = None,
+        draw_given: Callable[[Moment, int], Tensor] | None = None,
     ) -> None:
         self.spec = spec
+        self._draw_given = draw_given
         self._scheduler = scheduler or {}
         self.networks: dict[str, nn.Module] = dict(networks)
         self.modules = {role: network.transformer for role, network in networks.items()}
@@ -44,14 +63,37 @@ class WanModel:
         config = next(iter(self.modules.values())).config
         self.hidden_size: int = config.num_attention_heads * config.attention_head_dim
         self._ffn_size: int = config.ffn_dim
+        self._image_tokens = IMAGE_TOKENS if config.image_dim else 0
+        if config.pos_embed_seq_len:
+            self._image_tokens = config.pos_embed_seq_len
         self._patch: tuple[int, int, int] = tuple(config.patch_size)
 
     def predict(
         self, inputs: ModelInputs, plan: ForwardPlan
     ) -> tuple[Tensor, Mapping[int, TapResult]]:
         """Return the prediction (B, C, F, H, W) float32 of ``inputs.role`` and the taps."""
-        prediction, taps = self.networks[inputs.role](inputs, plan)
+        prediction, taps = self.networks[inputs.role](self._with_given(inputs), plan)
         return prediction, taps
+
+    def _with_given(self, inputs: ModelInputs) -> ModelInputs:
+        """Return the inputs with the drawn choice of clips whose first frame is given.
+
+        It depends on the moment alone, so that every forward of a micro-step has the same one. What is
+        held out (step 0) has it always, a clip of one frame never.
+        """
+        known = dict(inputs.conditioning)
+        if "first_frame" not in known or self._draw_given is None:
+            return inputs
+        num_samples, frames = inputs.x_t.shape[0], inputs.x_t.shape[2]
+        given = torch.full((num_samples,), frames > 1)
+        if inputs.moment.step:
+            given &= self._draw_given(inputs.moment, num_samples)
+        if given.any():  # on the CPU
+            device = inputs.x_t.device
+            known["first_frame_given"] = sent(pinned(given, device), device)
+        else:
+            del known["first_frame"]
+        return replace(inputs, conditioning=known)
 
     def stacks(self) -> dict[str, BlockStack]:
         """Return role → its stack of blocks."""
@@ -62,8 +104,11 @@ class WanModel:
         return self._bare[role]
 
     def block_flops(self, num_tokens: int) -> BlockFlops:
-        """Return the operations of one block's forward; the text is padded to 512 tokens."""
-        width, ffn, text = self.hidden_size, self._ffn_size, TEXT_TOKENS
+        """Return the operations of one block's forward.
+
+        The text is padded to 512 tokens; those of CLIP stand beside it.
+        """
+        width, ffn, text = self.hidden_size, self._ffn_size, TEXT_TOKENS + self._image_tokens
         return BlockFlops(
             weights=(12 * width**2 + 4 * width * ffn) * num_tokens,
             attention=4 * width * num_tokens * (num_tokens + text),
@@ -86,43 +131,65 @@ class WanModel:
 
 
 def load(
-    folder: Path,
+    files: Sequence[TransformerFiles],
     *,
     spec: ModelSpec,
     placement: Placement,
-    train_all: bool,
-    checkpointing: bool,
+    train_all: bool = False,
     scheduler: Mapping[str, Any] | None = None,
+    base: TransformerFiles | None = None,
+    one_time: bool = False,
+    draw_given: Callable[[Moment, int], Tensor] | None = None,
+    say: Callable[[str], None] = print,
 ) -> WanModel:
-    """Return the model of a transformer's folder, on ``placement.device``.
+    """Return the model of one or two experts, on ``placement.device``.
 
     train_all: every weight is trained, in ``placement.trained_dtype``, mode train. Otherwise all
     are frozen, in ``placement.frozen_dtype`` (what diffusers keeps in float32 stays so), mode eval.
-    Raises ModelError where the file's tensors are not exactly the model's.
+    one_time: ``wan_force_2_1_time_embedding``; base: where a time embedding comes from that does not
+    fit. Raises ModelError where the file's tensors are not exactly the model's.
     """
-    from diffusers import WanTransformer3DModel
-
-    with torch.random.fork_rng(devices=[]):  # building layers draws, loading then overwrites
-        transformer, report = WanTransformer3DModel.from_pretrained(
-            folder,
-            dtype=placement.trained_dtype if train_all else placement.frozen_dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
+    networks = {}
+    dtype = placement.trained_dtype if train_all else placement.frozen_dtype
+    for each in files:
+        transformer, cured = load_transformer(
+            each, dtype=dtype, base=base, force_2_1_time_embedding=one_time
         )
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(str(name) for name in report.get(kind) or ()):
-            raise ModelError(
-                f"the weights in {folder} do not fit their config.json: {kind.replace('_', ' ')} "
-                f"{names[0]} and {len(names) - 1} more. Fetch the model again."
-            )
+        if cured:
+            source = base.source if base else ""
+            say(f"{FLAG}: the time embedding, {len(cured)} tensors, comes from {source}")
+        elif one_time and not token_wise(transformer):
+            say(f"{FLAG} changes nothing: the time embedding of {each.source} fits as it is")
+        networks[each.role] = network_of(
+            transformer,
+            placement=placement,
+            train_all=train_all,
+            one_time=one_time,
+        )
+    return WanModel(spec, networks, scheduler=scheduler, draw_given=draw_given)
+
+
+def token_wise(transformer: WanTransformer3DModel) -> bool:
+    """Return whether a transformer was trained with a timestep for each token."""
+    return bool(transformer.config.in_channels == TI2V_CHANNELS)
+
+
+def network_of(
+    transformer: WanTransformer3DModel,
+    *,
+    placement: Placement,
+    train_all: bool = False,
+    one_time: bool = False,
+) -> WanNetwork:
+    """Return the training forward over a transformer, which moves to where ``placement`` says."""
     _place(transformer, placement.device, blocks=placement.blocks_device)
     transformer.requires_grad_(train_all)
     transformer.train(train_all)
-    network = WanNetwork(transformer, dtype=placement.dtype)
+    network = WanNetwork(
+        transformer, dtype=placement.dtype, token_wise=token_wise(transformer) and not one_time
+    )
     network.train(train_all)
-    network.stack.policy = "full" if checkpointing else "none"
-    return WanModel(spec, {spec.experts[0].role: network}, scheduler=scheduler)
+    return network
 
 
 def _place(transformer: nn.Module, device: torch.device, *, blocks: torch.device) -> None:

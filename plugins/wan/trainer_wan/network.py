@@ -1,37 +1,62 @@
 """The training forward of Wan: diffusers' own layers, driven block by block.
 
-The arithmetic is that of ``WanTransformer3DModel.forward``, in the same order, so that the result
-is the same; what is added are routes, taps, checkpointing and residency of core's block runner.
+The arithmetic is that of ``WanTransformer3DModel.forward``, the result the same to rounding; what is
+added are routes, taps, checkpointing and residency of core's block runner, and blocks with less memory
+traffic (:mod:`trainer_wan.block`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer_core.blocks import BlockStack, TokenContext
+from trainer_core.recompute import FFN
 from trainer_core.types import ForwardPlan, ModelInputs, TapResult
+from trainer_wan.block import PARTS, Part, take_over
+from trainer_wan.condition import noise_mask, token_timesteps
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
 
 
-def call_block(
-    block: nn.Module, tokens: Tensor, per_token: Mapping[str, Tensor], shared: Mapping[str, Any]
-) -> Tensor:
-    """Return the tokens behind one ``WanTransformerBlock``.
+@dataclass(frozen=True)
+class BlockCaller:
+    """Calls one block for core's runner: ``caller(block, tokens, per_token, shared)``.
 
     per_token: rope_cos, rope_sin (1 or B, N, 1, head_dim); with token-wise timesteps also time
-    (B, N, 6, D). shared: text (B, L, D); with one timestep for each sample also time (B, 6, D).
+    (B, N, 6, D). shared: text (B, L, D); with one timestep for each sample also time (B, 6, D). part: see
+    :mod:`trainer_wan.block`; only a block that was taken over knows it. chunk: tokens that the
+    feed-forward takes at once, 0 for all.
     """
-    time = per_token["time"] if "time" in per_token else shared["time"]
-    rope = (per_token["rope_cos"], per_token["rope_sin"])
-    out: Tensor = block(tokens, shared["text"], time, rope)
-    return out
+
+    chunk: int = 0
+
+    def __call__(
+        self,
+        block: nn.Module,
+        tokens: Tensor,
+        per_token: Mapping[str, Tensor],
+        shared: Mapping[str, Any],
+        *,
+        part: Part | None = None,
+    ) -> Tensor:
+        """Return the tokens behind the block."""
+        time = per_token["time"] if "time" in per_token else shared["time"]
+        rope = (per_token["rope_cos"], per_token["rope_sin"])
+        options: dict[str, Any] = {"chunk": self.chunk} if self.chunk else {}
+        if part is not None:
+            options["part"] = part
+        out: Tensor = block(tokens, shared["text"], time, rope, **options)
+        return out
+
+
+call_block = BlockCaller()
 
 
 class WanNetwork(nn.Module):
@@ -39,49 +64,114 @@ class WanNetwork(nn.Module):
 
     transformer: the weights as diffusers knows them, adapters and quantised layers included.
     dtype: of the products; bfloat16 runs under autocast, so that float32 adapters and norms may
-    stand beside bfloat16 weights; float32 runs without.
+    stand beside bfloat16 weights; float32 runs without. token_wise: a timestep for each token, as the
+    model was trained; without it only where the tokens of a clip differ. before_forward: called first.
     """
 
-    def __init__(self, transformer: WanTransformer3DModel, *, dtype: torch.dtype) -> None:
+    def __init__(
+        self, transformer: WanTransformer3DModel, *, dtype: torch.dtype, token_wise: bool = False
+    ) -> None:
         super().__init__()
         self.transformer = transformer
         self.dtype = dtype
-        self.stack = BlockStack(transformer.blocks)
+        self.token_wise = token_wise
+        self.before_forward: Callable[[], None] | None = None
+        self.stack = BlockStack(transformer.blocks, parts=PARTS)
+        self.call = call_block
+        take_over(transformer.blocks)
+
+    def chunk_feed_forward(self, tokens: int) -> None:
+        """Compute feed-forwards over so many tokens at once, each again in the backward; 0: over all."""
+        self.call = BlockCaller(chunk=tokens)
+        self.stack.recomputed = frozenset({FFN} if tokens else ())
 
     def forward(
         self, inputs: ModelInputs, plan: ForwardPlan
     ) -> tuple[Tensor, dict[int, TapResult]]:
-        """Return the predicted velocity (B, C, F, H, W) float32 and the taps of ``plan``."""
-        text = inputs.conditioning["text_embeds"]
-        return self.velocity(inputs.x_t, inputs.t, text, plan)
+        """Return the predicted velocity (B, C, F, H, W) float32 and the taps of ``plan``.
+
+        The conditioning may hold ``condition`` (B, 20, F, H, W), which is joined to x_t; ``image_embeds``
+        (B, L, 1280) of CLIP; ``first_frame`` (B, C, 1, H, W), which takes the place of x_t's own where
+        ``first_frame_given`` (B,) says so. There the velocity is known, and it is the target.
+        """
+        known = inputs.conditioning
+        first, given = known.get("first_frame"), known.get("first_frame_given")
+        if first is None:
+            given = None
+        elif given is None:
+            given = torch.ones(first.shape[0], dtype=torch.bool, device=first.device)
+        prediction, taps = self.velocity(
+            inputs.x_t,
+            inputs.t,
+            known["text_embeds"],
+            plan,
+            condition=known.get("condition"),
+            image=known.get("image_embeds"),
+            first_frame=first,
+            given=given,
+        )
+        if given is not None:
+            noisy = noise_mask(prediction, given)
+            prediction = torch.where(noisy > 0, prediction, inputs.target)
+        return prediction, taps
 
     def velocity(
-        self, x_t: Tensor, t: Tensor, text: Tensor, plan: ForwardPlan | None = None
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        text: Tensor,
+        plan: ForwardPlan | None = None,
+        *,
+        condition: Tensor | None = None,
+        image: Tensor | None = None,
+        first_frame: Tensor | None = None,
+        given: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, TapResult]]:
         """Return the predicted velocity (B, C, F, H, W) float32 and the taps.
 
         x_t: (B, C, F, H, W). t: (B,) or, for each token, (B, N); in [0, 1000]. text: (B, L,
-        text_dim), zero-padded to the 512 tokens that the model was trained with.
+        text_dim), zero-padded to the 512 tokens that the model was trained with. condition, image,
+        first_frame: see :meth:`forward`. given: (B,) bool, the samples that have ``first_frame``.
         """
         plan = plan or ForwardPlan()
+        if self.before_forward is not None:
+            self.before_forward()
+        if t.ndim == 1 and (self.token_wise or given is not None):
+            noisy = noise_mask(x_t, given)
+            if first_frame is not None:
+                x_t = (1 - noisy) * first_frame + noisy * x_t
+            t = token_timesteps(t, noisy, self.transformer.config.patch_size)
         with self._autocast(x_t.device):
             model = self.transformer
             rope_cos, rope_sin = model.rope(x_t)  # (1, N, 1, head_dim), float32
-            tokens = model.patch_embedding(x_t.to(self.dtype))  # (B, D, F', H', W')
+            joined = x_t if condition is None else torch.cat([x_t, condition], 1)
+            tokens = model.patch_embedding(joined.to(self.dtype))  # (B, D, F', H', W')
             tokens = tokens.flatten(2).transpose(1, 2).contiguous()  # (B, N, D)
             embedding, modulation = self._time(t)
-            embedded_text = model.condition_embedder.text_embedder(text.to(self.dtype))
+            context = self._context(text, image)
             per_token = {"rope_cos": rope_cos, "rope_sin": rope_sin}
-            shared = {"text": embedded_text}
+            shared = {"text": context}
             (per_token if t.ndim == 2 else shared)["time"] = modulation
             tokens, taps = self.stack.run(
                 tokens,
-                call=call_block,
+                call=self.call,
                 context=TokenContext(per_token=per_token, shared=shared),
                 plan=plan,
             )
             prediction = self._unpatchify(self._head(tokens, embedding), x_t.shape)
         return prediction.float(), taps
+
+    def _context(self, text: Tensor, image: Tensor | None) -> Tensor:
+        """Return what cross-attention looks at, (B, L, D): the image's tokens, then the text's."""
+        embedder = self.transformer.condition_embedder
+        embedded: Tensor = embedder.text_embedder(text.to(self.dtype))
+        if image is None:
+            return embedded
+        if (
+            embedder.image_embedder.pos_embed is not None
+        ):  # it takes two images a sample, one by one
+            image = image.unflatten(1, (2, -1)).flatten(0, 1)  # (2 B, L / 2, 1280)
+        return torch.cat([embedder.image_embedder(image.to(self.dtype)), embedded], 1)
 
     def _time(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the time embedding (B, D) and the blocks' modulation (B, 6, D), each (B, N, ...)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer_core.errors import ConfigError, Problem
+from trainer_wan.flavours import HIGH, LOW
 from trainer_wan.network import WanNetwork
 
 if TYPE_CHECKING:
@@ -19,11 +21,14 @@ if TYPE_CHECKING:
     from trainer_core.run import Run
 
 TEXT_TOKENS = 512
+PATCH = 2
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How samples are made. width, height: pixels. shift: UniPC's flow_shift."""
+    """How samples are made. width, height: pixels, vae_factor of them a latent. shift: UniPC's
+    flow_shift.
+    """
 
     width: int
     height: int
@@ -32,6 +37,7 @@ class Sampling:
     guidance: float
     shift: float
     seed: int
+    vae_factor: int = 8
 
 
 def settle(run: Run, scheduler_config: Mapping[str, Any]) -> Sampling:
@@ -71,6 +77,7 @@ def settle(run: Run, scheduler_config: Mapping[str, Any]) -> Sampling:
         guidance=settings.validation_guidance,
         shift=float(own if settings.flow_schedule_shift is None else settings.flow_schedule_shift),
         seed=settings.seed if seed is None else seed,
+        vae_factor=spec.alignment // PATCH,
     )
 
 
@@ -86,19 +93,36 @@ def scheduler_for(config: Mapping[str, Any], sampling: Sampling) -> UniPCMultist
     )
 
 
+@dataclass(frozen=True)
+class Given:
+    """What samples begin from, each with a batch axis of 1: see :meth:`WanNetwork.forward`."""
+
+    condition: Tensor | None = None
+    image_embeds: Tensor | None = None
+    first_frame: Tensor | None = None
+
+    def to(self, device: torch.device) -> Given:
+        """Return it on a device."""
+        parts = (self.condition, self.image_embeds, self.first_frame)
+        return Given(*(None if part is None else part.to(device) for part in parts))
+
+
 class _Denoiser(nn.Module):
     """A network in the place of the pipeline's transformer, so that samples come from the very
     forward that is trained: autocast, adapters and residency alike.
     """
 
-    def __init__(self, network: WanNetwork, device: torch.device) -> None:
+    def __init__(self, network: WanNetwork, given: Given, device: torch.device) -> None:
         super().__init__()
         self.network = network
+        self.given = given
         self.device = device  # not that of some weight, which may lie elsewhere for a while
 
     @property
     def config(self) -> Any:
-        return self.network.transformer.config
+        """What the pipeline asks for: what is joined to the noise is joined in here."""
+        own = self.network.transformer.config
+        return SimpleNamespace(patch_size=own.patch_size, in_channels=own.out_channels)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,7 +139,17 @@ class _Denoiser(nn.Module):
         encoder_hidden_states: Tensor,
         **options: Any,
     ) -> tuple[Tensor]:
-        velocity, _ = self.network.velocity(hidden_states, timestep, encoder_hidden_states)
+        first = self.given.first_frame
+        given = None if first is None else torch.ones(1, dtype=torch.bool, device=first.device)
+        velocity, _ = self.network.velocity(
+            hidden_states,
+            timestep,
+            encoder_hidden_states,
+            condition=self.given.condition,
+            image=self.given.image_embeds,
+            first_frame=first,
+            given=given,
+        )
         return (velocity,)
 
 
@@ -132,32 +166,31 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def sample_latents(
-    network: WanNetwork,
+    networks: Mapping[str, WanNetwork],
     texts: Sequence[Tensor],
     *,
     negative: Tensor | None,
     sampling: Sampling,
     scheduler_config: Mapping[str, Any],
     device: torch.device,
+    boundary: float | None = None,
+    given: Given | None = None,
 ) -> list[Tensor]:
     """Return the latents (C, f, h, w) float32 of each text embedding (L, text_dim), on the CPU.
 
+    networks: one expert, or both by role, which then divide the noise levels at ``boundary``.
     negative: embedding that guidance leads away from; None where ``sampling.guidance`` is 1 or
-    less, which saves its pass. Each text starts from the same noise. Global random state is
-    left as it was.
+    less, which saves its pass. Each text starts from the same noise and what is ``given``. Global
+    random state is left as it was.
     """
-    from diffusers import WanPipeline
-
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _evaluating(network), torch.no_grad():
-        pipeline = WanPipeline(
-            tokenizer=None,
-            text_encoder=None,
-            vae=None,
-            scheduler=scheduler_for(scheduler_config, sampling),
-            transformer=_Denoiser(network, device),
-        )
-        pipeline.set_progress_bar_config(disable=True)
+    given = (given or Given()).to(device)
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        for network in networks.values():
+            stack.enter_context(_evaluating(network))
+        stack.enter_context(torch.no_grad())
+        pipeline = _pipeline(networks, given, sampling, scheduler_config, device, boundary)
         found = []
         for text in texts:
             latents = pipeline(
@@ -172,8 +205,37 @@ def sample_latents(
                 output_type="latent",
                 return_dict=False,
             )[0]
+            if given.first_frame is not None:
+                latents[:, :, :1] = given.first_frame
             found.append(latents[0].float().cpu())
     return found
+
+
+def _pipeline(
+    networks: Mapping[str, WanNetwork],
+    given: Given,
+    sampling: Sampling,
+    scheduler_config: Mapping[str, Any],
+    device: torch.device,
+    boundary: float | None,
+) -> Any:
+    from diffusers import WanPipeline
+
+    denoisers = {role: _Denoiser(network, given, device) for role, network in networks.items()}
+    alone = next(iter(denoisers.values()))
+    both = len(denoisers) > 1
+    pipeline = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=scheduler_for(scheduler_config, sampling),
+        transformer=denoisers[HIGH] if both else alone,
+        transformer_2=denoisers[LOW] if both else None,
+        boundary_ratio=boundary if both else None,
+    )
+    pipeline.vae_scale_factor_spatial = sampling.vae_factor
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def _padded(text: Tensor) -> Tensor:

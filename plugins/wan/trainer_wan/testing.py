@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer_wan.flavours import DEFAULT, FLAVOURS, choose
+from trainer_wan.flavours import DEFAULT, FLAVOURS, Flavour, choose
 from trainer_wan.tiny import commands as commands_of_tiny
 
 if TYPE_CHECKING:
@@ -35,6 +35,17 @@ VAE = {
     "num_res_blocks": 1,
     "temperal_downsample": [False, True, True],
 }
+VAE_5B = {
+    **VAE,
+    "z_dim": 48,
+    "decoder_base_dim": 8,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+}
+IMAGE_DIM = 16
 
 
 def write_checkpoint(
@@ -42,34 +53,27 @@ def write_checkpoint(
 ) -> Path:
     """Write a tiny random model and return its folder.
 
-    flavour: of the family; those that this version trains. layers: blocks of the transformer.
-    Width 48 (2 heads of 24), feed-forward 96, text width 32, a VAE of base width 8 whose
-    latents_mean and latents_std were measured on a moving pattern, a byte tokenizer.
+    flavour: of the family. layers: blocks of each transformer. Width 48 (2 heads of 24), feed-forward
+    96, text width 32, a VAE of base width 8 whose latents_mean and latents_std were measured on a
+    moving pattern, a byte tokenizer; where the flavour has them, two experts and a CLIP of width 16
+    that makes 257 tokens of an image, as the real one does.
     """
     import torch
-    from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-    from transformers import UMT5Config, UMT5EncoderModel
+    from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
+    from transformers import UMT5EncoderModel
 
-    choose(flavour)
-    folder = Path(folder)
+    chosen, folder = choose(flavour), Path(folder)
     tokenizer = _tokenizer()
+    shape = transformer_config(chosen)
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)  # layers draw from no other generator
-        transformer = WanTransformer3DModel(**TRANSFORMER, num_layers=layers)
-        vae = _vae()
-        text = UMT5Config(
-            vocab_size=len(tokenizer),
-            d_model=TEXT_DIM,
-            d_kv=8,
-            d_ff=64,
-            num_layers=2,
-            num_heads=4,
-            relative_attention_num_buckets=8,
-            pad_token_id=0,
-            eos_token_id=1,
-        )
-        text_encoder = UMT5EncoderModel(text).eval()
-    pipeline = WanPipeline(
+        transformer = WanTransformer3DModel(**shape, num_layers=layers)
+        if chosen.shape.pos_embed_seq_len is not None:  # zeros would tell no order of the images
+            torch.nn.init.normal_(transformer.condition_embedder.image_embedder.pos_embed)
+        vae = _vae(VAE_5B if chosen.task == "ti2v" else VAE)
+        text_encoder = UMT5EncoderModel(_text_config(len(tokenizer))).eval()
+        more = _more_parts(chosen, shape, layers)
+    pipeline = _pipeline_class(chosen)(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
         vae=vae,
@@ -77,19 +81,92 @@ def write_checkpoint(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
         transformer=transformer,
+        **more,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
     return folder
 
 
-def _vae() -> AutoencoderKLWan:
+def transformer_config(flavour: Flavour) -> dict[str, Any]:
+    """Return the arguments of a tiny transformer of the flavour, but for the number of its layers."""
+    shape, width = flavour.shape, TRANSFORMER["num_attention_heads"] * 24
+    changed: dict[str, Any] = {
+        "in_channels": shape.in_channels,
+        "out_channels": shape.out_channels,
+    }
+    if shape.image_dim is not None:
+        changed |= {"image_dim": IMAGE_DIM, "added_kv_proj_dim": width}
+    if shape.pos_embed_seq_len is not None:
+        changed["pos_embed_seq_len"] = shape.pos_embed_seq_len
+    return {**TRANSFORMER, **changed}
+
+
+def _more_parts(flavour: Flavour, shape: dict[str, Any], layers: int) -> dict[str, Any]:
+    """Return what a flavour's pipeline has beside the parts that all have."""
+    from diffusers import WanTransformer3DModel
+
+    more: dict[str, Any] = {}
+    if flavour.stage is not None:
+        more["transformer_2"] = WanTransformer3DModel(**shape, num_layers=layers)
+        more["boundary_ratio"] = flavour.boundary
+    if flavour.task == "ti2v":
+        more["expand_timesteps"] = True
+    if flavour.uses_clip:
+        more |= {"image_encoder": _image_encoder(), "image_processor": _image_processor()}
+    return more
+
+
+def _pipeline_class(flavour: Flavour) -> Any:
+    from diffusers import WanImageToVideoPipeline, WanPipeline
+
+    return WanImageToVideoPipeline if flavour.given_frames else WanPipeline
+
+
+def _text_config(num_tokens: int) -> Any:
+    from transformers import UMT5Config
+
+    return UMT5Config(
+        vocab_size=num_tokens,
+        d_model=TEXT_DIM,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        relative_attention_num_buckets=8,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+
+
+def _image_encoder() -> Any:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        hidden_size=IMAGE_DIM,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=224,
+        patch_size=14,
+        projection_dim=8,
+    )
+    return CLIPVisionModel(config).eval()
+
+
+def _image_processor() -> Any:
+    from transformers import CLIPImageProcessor
+
+    return CLIPImageProcessor()
+
+
+def _vae(config: dict[str, Any]) -> AutoencoderKLWan:
     """Return a VAE whose normalised latents of the pattern have mean 0 and deviation 1."""
     import torch
     from diffusers import AutoencoderKLWan
 
-    vae = AutoencoderKLWan(**VAE).eval()
+    vae = AutoencoderKLWan(**config).eval()
     with torch.no_grad():
-        latents = vae.encode(_pattern()).latent_dist.mode()  # (1, 16, 5, 8, 8)
+        latents = vae.encode(_pattern()).latent_dist.mode()  # (1, C, 5, h, w)
     channels = latents[0].flatten(1)
     vae.register_to_config(
         latents_mean=[round(value, 4) for value in channels.mean(1).tolist()],
@@ -141,8 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     checkpoint = commands.add_parser("checkpoint", help="write a tiny random model")
     checkpoint.add_argument("folder", type=Path)
-    built = [name for name, flavour in FLAVOURS.items() if flavour.built]
-    checkpoint.add_argument("--flavour", default=DEFAULT, choices=built)
+    checkpoint.add_argument("--flavour", default=DEFAULT, choices=list(FLAVOURS))
     checkpoint.add_argument("--layers", type=int, default=4)
     checkpoint.add_argument("--seed", type=int, default=0)
     commands_of_tiny.add(commands)

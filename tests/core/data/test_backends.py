@@ -57,7 +57,7 @@ def test_all_problems_of_a_file_at_once(world):
     world.add("a", resolutoin=3, num_frames=9, caption_strategy="instanceprompt")
     world.add("b", instance_data_dir="nowhere", video={"num_frames": 81, "min_frames": 49})
     world.add("c", type="aws")
-    world.add("d", kind="conditioning_image_embeds")
+    world.add("d", kind="image_embeds")
     world.add("e", kind="vidoe")
     world.add("f", crop_aspect="square", video={"frame_interval": 8}, repeats=-1)
     world.add("g", maximum_image_size=900, instance_data_dir="s3://bucket/x")

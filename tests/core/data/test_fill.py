@@ -110,7 +110,7 @@ def test_an_interrupted_fill_goes_on_with_the_same_groups(filled):
     assert data.reused["toy.vae"] == 2
     assert filled.hooks.calls == [("toy.vae", 2), ("toy.vae", 2)]
     # a group of which one entry is gone is encoded whole, and only that entry is written
-    cache = data.clip_cache(data.plan.samples[3])
+    cache = data.clip_cache(data.encoders[0], data.plan.samples[3])
     (entry,) = cache.folder.rglob(data.clip_key(data.encoders[0], data.plan.samples[3]) + ".*")
     entry.unlink()
     filled.hooks.calls.clear()

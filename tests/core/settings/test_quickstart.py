@@ -21,7 +21,11 @@ FILES = sorted(p for p in FOLDER.glob("*.json") if p.stem != "multidatabackend")
 
 class WanKeys(PluginSettings):
     pretrained_t5_model_name_or_path: str | None = key(None, "Encoder.", free=True)
+    pretrained_transformer_model_name_or_path: str | None = key(None, "Transformer.", free=True)
+    pretrained_transformer_subfolder: str | None = key(None, "Its folder.", free=True)
+    pretrained_vae_model_name_or_path: str | None = key(None, "VAE.", free=True)
     lora_rank: int = key(16, "Rank.")
+    attention_mechanism: str = key("diffusers", "Kernel.", free=True)
 
 
 class Wan:

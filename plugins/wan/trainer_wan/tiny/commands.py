@@ -25,6 +25,7 @@ def add(commands: Any) -> None:
     score.add_argument("--guidance", type=float, default=None)
     judge = _command(commands, "judge", "say and show what a LoRA has learned", _judge)
     judge.add_argument("output", type=Path, help="output folder of a finished run")
+    judge.add_argument("--n", type=int, default=24, help="captions with the new word, and old ones")
 
 
 def _command(
@@ -62,4 +63,4 @@ def _score(given: argparse.Namespace) -> None:
 def _judge(given: argparse.Namespace) -> None:
     from trainer_wan.tiny.judge import judge
 
-    judge(given.output)
+    judge(given.output, n=given.n)

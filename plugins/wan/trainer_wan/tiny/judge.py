@@ -105,10 +105,10 @@ def picture(
     edge = scenes.SIZE * SCALE
     width = len(SHOWN_FRAMES) * edge + 2 * MARGIN
     height = LABEL + 2 * edge + 2 * MARGIN
-    columns = 2
-    sheet = Image.new("RGB", (columns * width, SHOWN // columns * height), "white")
+    columns, shown = 2, min(SHOWN, len(chosen))
+    sheet = Image.new("RGB", (columns * width, -(-shown // columns) * height), "white")
     draw = ImageDraw.Draw(sheet)
-    for number in range(SHOWN):
+    for number in range(shown):
         left, top = (number % columns) * width + MARGIN, (number // columns) * height + MARGIN
         draw.text((left, top), chosen[number].caption, fill="black")
         for row, clips in enumerate((before, after)):

@@ -1,0 +1,94 @@
+"""Whether a forecast fits a card, and what would make it fit: cheapest first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainer_core.planner.rehearse import Forecast
+
+GIB = 2**30
+CONTEXT = 0.7 * GIB
+"""What a CUDA process holds before the first tensor: context, kernels, workspaces of the libraries."""
+SHARE_LOST = 0.04
+"""Of the tensors' bytes: gaps that the allocator cannot fill."""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Settings that need less. about: what it costs. phases: beginnings of the phases that it helps."""
+
+    keys: Mapping[str, Any]
+    about: str
+    phases: tuple[str, ...] = ("training",)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key} {_shown(value)}" for key, value in self.keys.items())
+
+
+REMEDIES: tuple[Remedy, ...] = (
+    Remedy({"vae_batch_size": 1}, "caching is a little slower", ("encoding",)),
+    Remedy(
+        {"text_encoder_1_precision": "int8-torchao"},
+        "captions are encoded from 8-bit weights",
+        ("encoding",),
+    ),
+    Remedy({"gradient_checkpointing": True}, "a step takes a third longer"),
+    Remedy({"base_model_precision": "int8-torchao"}, "frozen weights are rounded to 8 bits"),
+    Remedy(
+        {"train_batch_size": 1}, "fewer clips a step; gradient_accumulation_steps makes up for it"
+    ),
+)
+"""In the order in which they are tried: what costs least first."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A remedy on top of the ones before, and what the run would need with all of them."""
+
+    remedy: Remedy
+    forecast: Forecast
+
+
+def needed(forecast: Forecast) -> float:
+    """Return the bytes that a card must have for the forecast's worst phase."""
+    return forecast.peak.num_bytes * (1 + SHARE_LOST) + CONTEXT
+
+
+def ladder(
+    begin: Forecast,
+    *,
+    capacity: float,
+    current: Callable[[str], Any],
+    forecast: Callable[[Mapping[str, Any]], Forecast | None],
+    remedies: Sequence[Remedy] = REMEDIES,
+) -> Iterator[Rung]:
+    """Yield the remedies that help, each on top of the ones before, until the run fits.
+
+    capacity: bytes. current: a key → its value in the run. forecast: overrides → what the run would
+    need, None where they are refused (a plugin that is not installed). Those that change nothing, or
+    do not help the phase that needs most, are passed over.
+    """
+    keys: dict[str, Any] = {}
+    at = begin
+    for remedy in remedies:
+        if needed(at) <= capacity:
+            return
+        fits_phase = at.peak.name.startswith(remedy.phases)
+        if not fits_phase or all(current(key) == value for key, value in remedy.keys.items()):
+            continue
+        tried = forecast({**keys, **remedy.keys})
+        if tried is None or needed(tried) >= needed(at):
+            continue
+        keys |= remedy.keys
+        at = tried
+        yield Rung(remedy, at)
+
+
+def _shown(value: Any) -> str:
+    return (
+        {True: "true", False: "false"}.get(value, str(value))
+        if isinstance(value, bool)
+        else str(value)
+    )

@@ -1,0 +1,225 @@
+"""Elementwise work of a block, each in as few passes over the tokens as PyTorch's own operators allow.
+
+Mathematics only, on any device, with gradients. In bfloat16 everything is computed in float32 and rounded
+once, as diffusers does, but the float32 intermediates are not written out where an operator can take
+bfloat16 tokens beside float32 coefficients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LOW = (torch.bfloat16, torch.float16)
+
+
+def exact(like: Tensor) -> Any:
+    """Return a context in which autocast leaves the dtypes of what is computed alone."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def writes_narrow(device: torch.device) -> bool:
+    """Whether an elementwise operator casts in registers when its ``out`` is narrower than its inputs.
+
+    On the CPU it makes float32 copies behind the scenes, so an explicit cast costs no more there.
+    """
+    return device.type == "cuda" and not torch.compiler.is_compiling()
+
+
+def mixes(device: torch.device) -> bool:
+    """Whether norms take float32 weights beside bfloat16 tokens: the CPU's kernel of layer norm does.
+
+    The CPU has no kernel of RMS norm, which other devices have, so it is also where ours gains.
+    """
+    return device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
+    """Return ``(x - mean) / std * weight + bias`` over the last dimension, in x's dtype, rounded once.
+
+    x: (..., D). weight, bias: (D,), float32 or x's dtype.
+    """
+    shape = (x.shape[-1],)
+    if mixes(x.device) or x.dtype == weight.dtype == bias.dtype:
+        return F.layer_norm(x, shape, weight, bias, eps)
+    return F.layer_norm(x.float(), shape, weight.float(), bias.float(), eps).to(x.dtype)
+
+
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float) -> Tensor:
+    """Return ``norm(x) * scale + shift`` in x's dtype, norm without weights.
+
+    x: (B, N, D). scale, shift: (B, D), or (B, N, D) float32. One coefficient for all tokens of a sample
+    is the weight of a layer norm, so that norm and modulation are one pass over each sample.
+    """
+    with exact(x):
+        if scale.ndim == 2 and torch.compiler.is_compiling():  # it is fused then, whatever its form
+            scale, shift = scale.unsqueeze(1), shift.unsqueeze(1)
+        if scale.ndim == 3:
+            wide = F.layer_norm(x.to(scale.dtype), (x.shape[-1],), eps=eps)
+            return torch.addcmul(shift, wide, scale).to(x.dtype)
+        if x.shape[0] == 1:
+            return layer_norm(x, scale.squeeze(0), shift.squeeze(0), eps=eps)
+        samples = zip(x.unbind(0), scale.unbind(0), shift.unbind(0), strict=True)
+        return torch.stack([layer_norm(rows, a, b, eps=eps) for rows, a, b in samples])
+
+
+def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """Return ``x + y * gate`` in x's dtype, rounded once.
+
+    x, y: (B, N, D). gate: (B, D) or (B, N, D) float32. Keeps y for the backward only where the gate has a
+    gradient.
+    """
+    gate = gate.unsqueeze(1) if gate.ndim == 2 else gate
+    out: Tensor = _GatedAdd.apply(x, y, gate)  # type: ignore[no-untyped-call] # torch's own
+    return out
+
+
+class _GatedAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(y if ctx.needs_input_grad[2] else None, gate)
+        ctx.dtype = y.dtype
+        with exact(x):
+            if writes_narrow(x.device):
+                return torch.addcmul(x, y, gate, out=torch.empty_like(x))
+            return torch.addcmul(x, y, gate).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        y, gate = ctx.saved_tensors
+        of_y = of_gate = None
+        with exact(grad):
+            if ctx.needs_input_grad[1]:
+                if writes_narrow(grad.device):
+                    of_y = torch.mul(grad, gate, out=torch.empty_like(grad, dtype=ctx.dtype))
+                else:
+                    of_y = (grad * gate).to(ctx.dtype)
+            if y is not None:
+                of_gate = _summed_to(grad.to(gate.dtype) * y, gate.shape)
+        return grad, of_y, of_gate
+
+
+def _summed_to(full: Tensor, shape: torch.Size) -> Tensor:
+    """Return the sum of ``full`` over the dimensions in which ``shape`` is 1."""
+    over = [i for i, (a, b) in enumerate(zip(full.shape, shape, strict=True)) if a != b]
+    return full.sum(over, keepdim=True) if over else full
+
+
+Turn = tuple[Tensor, Tensor]
+"""Cosine and sine of each pair of channels' turn, (1 or B, N, 1, d / 2)."""
+
+
+def turns(cos: Tensor, sin: Tensor) -> Turn:
+    """Return views of diffusers' tables (1 or B, N, 1, d), in which each value stands twice in a row."""
+    return cos[..., 0::2], sin[..., 1::2]
+
+
+def _product(turn: Turn) -> Tensor:
+    """Return the turns as complex numbers, so that a turn is one product; made where it is used."""
+    cos, sin = (t.float() if t.dtype in LOW else t for t in turn)
+    return torch.complex(cos, sin)
+
+
+def rotate(x: Tensor, turn: Turn, *, dtype: torch.dtype) -> Tensor:
+    """Return x with each pair of neighbouring channels turned (RoPE), as ``dtype``.
+
+    x: (B, N, H, d). Keeps nothing but ``turn`` for the backward, which turns back. Compilers fuse real
+    numbers only, and get those.
+    """
+    if torch.compiler.is_compiling():
+        cos, sin = (t.float() if t.dtype in LOW else t for t in turn)
+        x1, x2 = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos), -1)
+        return turned.flatten(-2).to(dtype)
+    out: Tensor = _Rotate.apply(x, *turn, dtype)  # type: ignore[no-untyped-call] # torch's own
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = x.dtype
+        return _turned(x, _product((cos, sin)), dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        back = _product(ctx.saved_tensors).conj()
+        return _turned(grad, back, ctx.dtype), None, None, None
+
+
+def _turned(x: Tensor, turn: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``x * turn`` of pairs of channels as complex numbers, (B, N, H, d) in ``dtype``."""
+    with exact(x):
+        if x.dtype in LOW:
+            wide = x.float()
+            _pairs(wide).mul_(turn)
+            return wide.to(dtype)
+        return torch.view_as_real(_pairs(x.contiguous()) * turn).flatten(-2).to(dtype)
+
+
+def head_norm(
+    x: Tensor, weight: Tensor, *, eps: float, heads: int, turn: Turn | None, dtype: torch.dtype
+) -> Tensor:
+    """Return heads (B, N, H, d) of x after an RMS norm over all of them, turned where ``turn`` is given.
+
+    x: (B, N, H * d). weight: (H * d,). turn: as in :func:`rotate`. dtype: of the result.
+    """
+    if not mixes(x.device):
+        with exact(x):
+            normed = F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
+        normed = normed.unflatten(-1, (heads, -1))
+        return normed.to(dtype) if turn is None else rotate(normed, turn, dtype=dtype)
+    cos, sin = turn or (None, None)
+    out: Tensor = _HeadNorm.apply(x, weight, cos, sin, eps, heads, dtype)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _HeadNorm(torch.autograd.Function):
+    """Norm and turn rounded once; what is kept are x and one number a token."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float,
+        heads: int, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        with exact(x):
+            wide = torch.float32 if x.dtype in LOW else x.dtype
+            weight = weight.to(wide)
+            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+            rms = torch.addcmul(length.new_full((), eps), length, length, value=1 / x.shape[-1])
+            scale = rms.rsqrt_()  # (B, N, 1)
+            ctx.save_for_backward(x, weight, cos, sin, scale)
+            out = (x * weight).unflatten(-1, (heads, -1))  # (B, N, H, d)
+            if cos is None or sin is None:
+                out = out.mul_(scale.unsqueeze(-1))
+            else:
+                _pairs(out).mul_(_product((cos, sin)) * scale.unsqueeze(-1))
+            return out.to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, cos, sin, scale = ctx.saved_tensors
+        with exact(grad):
+            if cos is not None:
+                grad = _turned(grad, _product((cos, sin)).conj(), scale.dtype)
+            grad = grad.flatten(2)  # of x * weight * scale
+            of_weight = None
+            if ctx.needs_input_grad[1]:
+                of_weight = (grad * x * scale).sum((0, 1))
+            of_x = grad * weight
+            along = (of_x * x).sum(-1, keepdim=True) * scale**3 / x.shape[-1]  # (B, N, 1)
+            of_x = of_x.mul_(scale).addcmul_(x, along, value=-1).to(x.dtype)
+        return of_x, of_weight, None, None, None, None, None
+
+
+def _pairs(heads: Tensor) -> Tensor:
+    """Return (B, N, H, d / 2) complex: neighbouring channels of (B, N, H, d), which share its memory."""
+    return torch.view_as_complex(heads.unflatten(-1, (-1, 2)))
