@@ -15,6 +15,7 @@ import argparse
 import copy
 import importlib.util
 import json
+import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -291,6 +292,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Run the command line."""
     given = arguments()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its profiler says when it starts
     if given.threads:
         torch.set_num_threads(given.threads)
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trainer_core.cli.run import prepare, settings_command
+from trainer_core.cli.run import prepare, settings_command, words
 
 if TYPE_CHECKING:
     from trainer_core.plugins import Host
@@ -35,13 +35,8 @@ def plan(
     """
 
     def with_values(values: Mapping[str, Any]) -> tuple[Resolved, Host]:
-        words = [word for key, value in values.items() for word in (f"--{key}", _word(value))]
-        return prepare(config, plugins, (*keys, *words))
+        return prepare(config, plugins, (*keys, *words(values)))
 
     from trainer_core.planner import command
 
     return command.plan(with_values, vram=vram, tflops=tflops, to=to)
-
-
-def _word(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

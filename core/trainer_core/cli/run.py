@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,6 +65,12 @@ def run(config: Path | None, plugins: str | None, keys: tuple[str, ...]) -> int:
     resolved, host = prepare(config, plugins, keys)
     from trainer_core import session
 
+    if resolved.core.memory_policy == "auto":
+        from trainer_core.planner.auto import settle
+
+        chosen, sentence = settle(lambda values: prepare(config, plugins, (*keys, *words(values))))
+        click.echo(sentence)
+        resolved, host = prepare(config, plugins, (*keys, *words(chosen)))
     return session.run(resolved, host)
 
 
@@ -102,3 +108,9 @@ def prepare(
     from trainer_core.plugins import build
 
     return resolved, build(resolved, catalogue=catalogue, builtins=(Flow(), Optimizers()))
+
+
+def words(values: Mapping[str, object]) -> list[str]:
+    """Return keys and values as they stand on the command line."""
+    told = {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in values.items()}
+    return [word for key, value in told.items() for word in (f"--{key}", value)]

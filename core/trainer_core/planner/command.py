@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,22 +15,17 @@ from trainer_core.blame import blame
 from trainer_core.data import render_report
 from trainer_core.errors import TrainerError
 from trainer_core.faults import told
+from trainer_core.planner.auto import Prepare
 from trainer_core.planner.fit import Rung, ladder
 from trainer_core.planner.rehearse import Forecast, forecast
 from trainer_core.planner.report import as_json, lines, verdict
 from trainer_core.progress import Display
 from trainer_core.settings.load import located
 
-if TYPE_CHECKING:
-    from trainer_core.plugins import Host
-    from trainer_core.settings.load import Resolved
-
-Prepared = Callable[[Mapping[str, Any]], "tuple[Resolved, Host]"]
-"""Overrides of keys → the settings and plugins with them."""
 SIDE, REPEATS = 2048, 5
 
 
-def plan(prepare: Prepared, *, vram: float | None, tflops: float | None, to: Path | None) -> int:
+def plan(prepare: Prepare, *, vram: float | None, tflops: float | None, to: Path | None) -> int:
     """Say what the run would need, whether it fits, and what would make it fit."""
     resolved, host = prepare({})
     with told(), blame(host), located(resolved):
@@ -48,7 +43,7 @@ def plan(prepare: Prepared, *, vram: float | None, tflops: float | None, to: Pat
                 found,
                 capacity=vram * 2**30,
                 current=lambda key: getattr(resolved.core, key, None),
-                forecast=lambda keys: _other(prepare, keys),
+                forecast=lambda keys, encoders: _other(prepare, keys, None if encoders else found),
             )
         )
         for line in verdict(found, vram=vram, rungs=rungs):
@@ -59,13 +54,13 @@ def plan(prepare: Prepared, *, vram: float | None, tflops: float | None, to: Pat
     return 0
 
 
-def _other(prepare: Prepared, keys: Mapping[str, Any]) -> Forecast | None:
+def _other(prepare: Prepare, keys: Mapping[str, Any], known: Forecast | None) -> Forecast | None:
     """Return what the run would need with other values; None where they are refused."""
     try:
         resolved, host = prepare(keys)
         with told(), blame(host), located(resolved):
             begun = session.prepare(resolved, host, display=Display.silent())
-            return forecast(begun.run, host)
+            return forecast(begun.run, host, known=known)
     except TrainerError:
         return None
 

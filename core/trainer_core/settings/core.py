@@ -126,6 +126,13 @@ class ModelKeys(PluginSettings):
         menu="Training → Memory Optimisation",
         free=True,
     )
+    memory_policy: Literal["manual", "auto"] = key(
+        "manual",
+        "auto: rehearse the step before the run and take the fastest of checkpointing policies and group "
+        "offload that fits the device; it says which, and why. No result changes.",
+        menu="Training → Memory Optimisation",
+        free=True,
+    )
     gradient_checkpointing_interval: int = key(
         1,
         "Recompute every so many blocks only, the first one included; the others keep what they need.",

@@ -73,6 +73,18 @@ class GroupOffload:
 
         return CudaTransfers(run.device, stream=self.settings.group_offload_use_stream)
 
+    def resident_bytes(self, blocks: Sequence[int]) -> int:
+        """Return what of blocks of so many bytes is on the accelerator at once, for ``trainer plan``.
+
+        Layer by layer: at the most a third of a block, about the size of its largest layer.
+        """
+        if self.settings.group_offload_type == "leaf_level":
+            return max(blocks) // 3
+        size = self.settings.group_offload_blocks_per_group
+        groups = [sum(blocks[i : i + size]) for i in range(0, len(blocks), size)]
+        at_once = 2 if self.settings.group_offload_use_stream else 1
+        return sum(sorted(groups)[-at_once:])
+
     @hookimpl
     def offload(
         self, run: Run, phase: Phase | None

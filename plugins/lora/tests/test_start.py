@@ -178,3 +178,19 @@ def test_a_file_that_is_not_there_is_told_before_anything_is_loaded(tiny: Any, t
     ):
         plugin.check(tiny.make_run(tmp_path))
     plugin.check(tiny.make_run(tmp_path, model_type="full"))
+
+
+def test_a_file_under_the_authors_names_has_its_own_scales_and_lengths():
+    from trainer_lora.start import UnfitError, native_layers
+
+    a, b, one = torch.ones(2, 3), torch.ones(4, 2), torch.tensor(1.0)
+    plain = {"lora_down.weight": a, "lora_up.weight": b}
+    found = native_layers({
+        "x": plain, "y": {**plain, "alpha": one},
+        "z": {"lora_A.weight": a, "lora_B.weight": b, "dora_scale": torch.ones(4, 1)},
+    })  # fmt: skip
+    assert [found[name].scale for name in "xyz"] == [1.0, 0.5, 1.0]
+    assert found["x"].magnitude is None
+    assert found["z"].magnitude.shape == (4,)
+    with pytest.raises(UnfitError, match="has lokr_w1 for x instead of a LoRA's two matrices"):
+        native_layers({"x": {"lokr_w1": a, "lokr_w2": b}})

@@ -50,7 +50,8 @@ class LoraSettings(PluginSettings):
     )
     init_lora: str | None = key(
         None,
-        "File of a LoRA to start from: diffusers' names, or those of the model's authors (ComfyUI). "
+        "File of a LoRA to start from: with diffusers' names, those of the model's authors (ComfyUI), or "
+        "others that diffusers reads. "
         "Layers that it lacks start without effect. A resumed run does not read it.",
     )
     lora_format: Literal["diffusers", "comfyui"] = key(

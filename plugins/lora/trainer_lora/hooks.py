@@ -17,6 +17,7 @@ from trainer_core.adapters import (
     write_native,
 )
 from trainer_core.capabilities import NativeNames
+from trainer_core.changes import by_layer
 from trainer_core.errors import CheckpointError, ConfigError, ModelError, Problem
 from trainer_core.hookspecs import hookimpl
 from trainer_core.types import Exported, Moment, PluginInfo
@@ -220,12 +221,7 @@ class Lora:
     def _start(self, run: Run, model: Model, path: str) -> None:
         """Put the weights of ``init_lora`` into every role, and say what it lacks."""
         try:
-            content = files.read(Path(path))
-            if content.arguments or not isinstance(model, NativeNames):
-                given = start.given_layers(content)
-            else:
-                pairs = model.read_lora(Path(path))
-                given = {name: start.Given(a, b, 1.0) for name, (a, b) in pairs.items()}
+            given = _given(Path(path), model)
             for role in _roles(model):
                 fresh = start.start_from(given, model.modules[role], self.shape)
                 lacks = f", which lacks {fresh[0]} and {len(fresh) - 1} more" if fresh else ""
@@ -234,6 +230,19 @@ class Lora:
             raise _unfit(path, str(error), error.way_out) from error
         except (files.FileError, CheckpointError) as error:
             raise _unfit(path, f"{error}.", "Name a LoRA in safetensors.") from error
+
+
+def _given(path: Path, model: Model) -> dict[str, start.Given]:
+    """Return what a LoRA file has for each layer, under any names that the model or its library knows."""
+    content = files.read(path)
+    if content.comfyui and isinstance(model, NativeNames):
+        layers = by_layer(content.tensors)
+        back = model.layers_of(tuple(layers))
+        return start.native_layers({back[name]: parts for name, parts in layers.items()})
+    if any(".lora_A." in name for name in content.tensors) or not isinstance(model, NativeNames):
+        return start.given_layers(content)
+    pairs = model.read_lora(path)
+    return {name: start.Given(a, b, 1.0) for name, (a, b) in pairs.items()}
 
 
 def _live(module: nn.Module) -> Iterator[LiveLayer]:

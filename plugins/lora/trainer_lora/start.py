@@ -53,6 +53,21 @@ def given_layers(content: Content) -> dict[str, Given]:
     return found
 
 
+def native_layers(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Given]:
+    """Return layer → what a file under the authors' names has for it; without alpha it is r."""
+    found = {}
+    for layer, parts in layers.items():
+        down = parts.get("lora_down.weight", parts.get("lora_A.weight"))
+        up = parts.get("lora_up.weight", parts.get("lora_B.weight"))
+        if down is None or up is None:
+            text = f"has {min(parts)} for {layer} instead of a LoRA's two matrices."
+            raise UnfitError(text, "Name a LoRA file.")
+        scale = float(parts["alpha"]) / down.shape[0] if "alpha" in parts else 1.0
+        lengths = parts.get("dora_scale")
+        found[layer] = Given(down, up, scale, None if lengths is None else lengths.view(-1))
+    return found
+
+
 def start_from(given: Mapping[str, Given], module: nn.Module, shape: Shape) -> list[str]:
     """Put a file's layers into the adapter of ``module``; return the layers that the file lacks.
 

@@ -39,11 +39,6 @@ def pair(width: int = HEADS * HEAD, ffn: int = 64, heads: int = HEADS, **options
     return stock, ours
 
 
-def rope(num_tokens: int, batch: int = 1, dim: int = HEAD) -> tuple[Tensor, Tensor]:
-    angle = torch.randn(batch, num_tokens, 1, dim // 2)
-    return tuple(f(angle).repeat_interleave(2, -1) for f in (torch.cos, torch.sin))
-
-
 def world(
     *, batch: int = B, num_tokens: int = N, width: int = HEADS * HEAD, text: int = 512,
     token_wise: bool = False, rope_batch: int = 1, head: int = HEAD,
@@ -51,7 +46,8 @@ def world(
     """Return tokens, text, time and rope, all but rope with a gradient."""
     time = (batch, num_tokens, 6, width) if token_wise else (batch, 6, width)
     drawn = [torch.randn(*s) for s in ((batch, num_tokens, width), (batch, text, width), time)]
-    return [*(t.requires_grad_() for t in drawn), rope(num_tokens, rope_batch, head)]
+    angle = torch.randn(rope_batch, num_tokens, 1, head // 2).repeat_interleave(2, -1)
+    return [*(t.requires_grad_() for t in drawn), (angle.cos(), angle.sin())]
 
 
 def results(block, given) -> dict[str, Tensor]:
@@ -67,17 +63,10 @@ def results(block, given) -> dict[str, Tensor]:
 
 def differences(found, expected) -> list[str]:
     assert found.keys() == expected.keys()
-    return [
-        name
-        for name, e in expected.items()
-        if e is not None
-        and (found[name] - e).abs().max() > bound(name) * e.abs().max().clamp(min=1e-2)
-    ]
-
-
-def bound(name: str) -> float:
-    """Gradients of a bias in front of a softmax are sums that cancel: more rounding is left of them."""
-    return BOUND if name == "out" else 5 * BOUND
+    # Gradients of a bias in front of a softmax are sums that cancel: more rounding is left of them.
+    apart = {n: (found[n] - e).abs().max() for n, e in expected.items() if e is not None}
+    bound = {n: BOUND if n == "out" else 5 * BOUND for n in apart}
+    return [n for n in apart if apart[n] > bound[n] * expected[n].abs().max().clamp(min=1e-2)]
 
 
 CASES = {

@@ -133,6 +133,38 @@ def test_its_files_load_into_diffusers_and_predict_the_same(finished, checkpoint
         assert (before - expected).abs().max() > 1e-4 * scale, "the adapter does something"
 
 
+def test_its_exports_load_into_diffusers_and_predict_the_same(finished, checkpoints, flavour):
+    """ComfyUI's and diffusers' files, through diffusers' own loader, as the run's own file."""
+    from diffusers import DiffusionPipeline
+
+    for format in ("comfyui", "diffusers"):
+        written = export_of(finished, format)
+        assert [one.num_layers for one in written] == [2 * 2 * 4] * len(flavour.roles)
+        for role, one in zip(flavour.roles, written, strict=True):
+            found = []
+            for path in (one.path, finished.folder / FILES[role]):
+                pipeline = DiffusionPipeline.from_pretrained(checkpoints(flavour.name))
+                second = role != "transformer"
+                pipeline.load_lora_weights(
+                    path.parent, weight_name=path.name, load_into_transformer_2=second
+                )
+                with torch.no_grad():
+                    inputs = example(flavour)
+                    found.append(getattr(pipeline, role)(**inputs, return_dict=False)[0])
+            assert torch.allclose(*found, rtol=0, atol=1e-5 * float(found[1].abs().max()))
+
+
+def export_of(finished: Finished, format: str) -> list[Any]:
+    from trainer_core.catalogue import Catalogue
+    from trainer_core.exporting import Wanted, export, settings_of
+    from trainer_core.plugins import build
+
+    catalogue = Catalogue.of(PLUGINS)
+    resolved = settings_of(finished.folder, args=(), catalogue=catalogue)
+    host = build(resolved, catalogue=catalogue)
+    return export(resolved, host, Wanted(finished.folder, format), say=lambda _: None)
+
+
 def merge(transformer: Any, tensors: dict[str, torch.Tensor]) -> None:
     """Add B A to each weight, as the paper says; alpha is the rank."""
     downs = [name for name in tensors if name.endswith(".lora_A.weight")]
