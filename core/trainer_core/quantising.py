@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -94,9 +94,10 @@ def offer_encoder(run: Run, convert: Convert, *, identity: Mapping[str, Any]) ->
 
 
 def _quantised(run: Run, network: nn.Module, convert: Convert) -> nn.Module:
-    sizes = quantise_linears(network, _rehearsed(run, convert), dtype=run.placement.dtype)
-    run.say(f"text encoder in {run.settings.text_encoder_1_precision}: {sizes}")
-    return network.to(run.device)
+    with run.sketch.at_work() if run.sketch is not None else nullcontext():
+        sizes = quantise_linears(network, _rehearsed(run, convert), dtype=run.placement.dtype)
+        run.say(f"text encoder in {run.settings.text_encoder_1_precision}: {sizes}")
+        return network.to(run.device)
 
 
 def _rehearsed(run: Run, convert: Convert) -> Convert:
