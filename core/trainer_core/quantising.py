@@ -53,14 +53,14 @@ def check(run: Run) -> None:
 def blocks_on_the_host(run: Run) -> Iterator[torch.device]:
     """Let ``load_model`` leave blocks on the CPU: they reach the accelerator quantised or not at all.
 
-    Yields the device that they belong on afterwards.
+    Yields the device that they belong on afterwards: in a plan the device, whoever moves them later.
     """
     import torch
 
     before = run.placement
     run.placement = replace(before, blocks=torch.device("cpu"))
     try:
-        yield before.blocks_device
+        yield before.blocks_device if run.sketch is None else before.device
     finally:
         run.placement = before
 
