@@ -187,10 +187,14 @@ def alpha(layer: Adapted) -> float | None:
 
 
 def frozen(layer: Adapted) -> Tensor:
-    """Return W (out, in) of a layer with an adapter, as its products use it."""
+    """Return W (out, in) of a layer with an adapter, as its products use it, where the adapter lies.
+
+    W itself may lie in host memory for now.
+    """
     weight = layer.base_layer.weight.detach()
     plain = type(weight) in (Tensor, nn.Parameter)
-    return weight if plain else weight.dequantize()
+    whole: Tensor = weight if plain else weight.dequantize()
+    return whole.to(next(iter(parameters(layer).values())).device)
 
 
 def exact_change(layer: Adapted) -> Tensor:
