@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from trainer_core.changes import widened
+from trainer_core.changes import plain, widened
 from trainer_lora.shape import Shape, match
 
 if TYPE_CHECKING:
@@ -107,8 +107,7 @@ def frozen(layer: Any) -> Tensor:
     """Return W (out, in) of a layer with an adapter, as its products use it."""
     from peft.utils.integrations import dequantize_module_weight
 
-    weight: Tensor = dequantize_module_weight(layer.base_layer).detach()
-    return weight
+    return plain(dequantize_module_weight(layer.base_layer))
 
 
 def change(layer: Any) -> Tensor:
