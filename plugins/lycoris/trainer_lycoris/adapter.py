@@ -166,7 +166,7 @@ def build(layer: nn.Linear, form: Form, *, seed: int) -> nn.Module:
             decompose_both=bool(form.decompose_both),
             unbalanced_factorization=bool(form.unbalanced_factorization),
         )
-    made.org_module = [layer]
+    made.org_module, made.org_forward = [layer], layer.forward
     return cast(nn.Module, made)
 
 
