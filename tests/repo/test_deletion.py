@@ -25,6 +25,7 @@ CACHES = ("__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", "build")
 NOT_INSTALLED = """
 import importlib.abc
 import importlib.metadata as metadata
+import importlib.util
 import sys
 
 DELETED = {deleted!r}
@@ -36,6 +37,15 @@ class Deleted(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 
+def spec_of(name, package=None):
+    try:
+        return any_spec(name, package)
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            return None  # as for a package that was never installed
+        raise
+
+
 def installed(**arguments):
     names = [f"trainer-{{name.replace('_', '-')}}" for name in DELETED]
     found = all_distributions(**arguments)
@@ -44,6 +54,7 @@ def installed(**arguments):
 
 sys.meta_path.insert(0, Deleted())
 all_distributions, metadata.distributions = metadata.distributions, installed
+any_spec, importlib.util.find_spec = importlib.util.find_spec, spec_of
 """
 
 
@@ -94,7 +105,8 @@ def test_the_copy_has_no_trace_of_a_deleted_plugin(tmp_path: Path):
     code = (
         "from trainer_core.catalogue import Catalogue; import trainer_core; "
         "from importlib.util import find_spec\n"
-        f"try: print(find_spec('trainer_{name}'))\n"
+        f"assert find_spec('trainer_{name}') is None\n"
+        f"try: import trainer_{name}; print('there')\n"
         "except ModuleNotFoundError: print('gone')\n"
         "print(sorted(Catalogue.installed()), trainer_core.__file__)"
     )
