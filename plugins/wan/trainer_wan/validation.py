@@ -14,12 +14,13 @@ from trainer_core.errors import ConfigError, Problem
 from trainer_core.run import DROP_VAE_ENCODER, MODEL_ASIDE
 from trainer_core.types import Artifact
 from trainer_wan import attention, vae
+from trainer_wan import sampling as draw
 from trainer_wan.experts import other
 from trainer_wan.flavours import Flavour
 from trainer_wan.loading import load_transformer
 from trainer_wan.model import network_of
 from trainer_wan.resting import Resting
-from trainer_wan.sampling import Given, Sampling, sample_latents, settle
+from trainer_wan.sampling import Given, Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -35,7 +36,7 @@ def render(
 ) -> list[Artifact]:
     """Return one clip for each of ``run.prompts``; the VAE is loaded for decoding alone."""
     scheduler = weights.config("scheduler")
-    sampling = settle(run, scheduler)
+    sampling = draw.settle(run, scheduler)
     negative = None
     if sampling.guidance > 1:
         text = run.settings.validation_negative_prompt
@@ -50,7 +51,7 @@ def render(
             )
             if (sentence := kernels.enter_context(chosen)) is not None:
                 run.say_once(sentence)
-        clips = sample_latents(
+        clips = draw.sample_latents(
             networks,
             [run.encoded_caption(prompt.text)["text_embeds"] for prompt in run.prompts],
             negative=negative,
@@ -122,7 +123,7 @@ def given_for(run: Run, settings: WanSettings, flavour: Flavour, scheduler: Any)
         names.append("image_embeds")
     if not names:
         return Given()
-    sampling = settle(run, scheduler)
+    sampling = draw.settle(run, scheduler)
     found = run.encoded_pixels(_start(run, settings, flavour, sampling), tuple(names))
     return Given(**{name: tensor[None] for name, tensor in found.items()})
 
