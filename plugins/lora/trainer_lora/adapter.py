@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from trainer_core.changes import widened
+from trainer_core.changes import plain, widened
 from trainer_lora.shape import Shape, match
 
 if TYPE_CHECKING:
@@ -104,11 +104,14 @@ def weights(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def frozen(layer: Any) -> Tensor:
-    """Return W (out, in) of a layer with an adapter, as its products use it."""
+    """Return W (out, in) of a layer with an adapter, as its products use it, where the adapter lies.
+
+    W itself may lie in host memory for now.
+    """
     from peft.utils.integrations import dequantize_module_weight
 
-    weight: Tensor = dequantize_module_weight(layer.base_layer).detach()
-    return weight
+    weight = plain(dequantize_module_weight(layer.base_layer))
+    return weight.to(layer.lora_A[ADAPTER].weight.device)
 
 
 def change(layer: Any) -> Tensor:
