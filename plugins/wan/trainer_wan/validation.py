@@ -14,13 +14,12 @@ from trainer_core.errors import ConfigError, Problem
 from trainer_core.run import DROP_VAE_ENCODER, MODEL_ASIDE
 from trainer_core.types import Artifact
 from trainer_wan import attention, vae
-from trainer_wan import sampling as draw
 from trainer_wan.experts import other
 from trainer_wan.flavours import Flavour
 from trainer_wan.loading import load_transformer
 from trainer_wan.model import network_of
 from trainer_wan.resting import Resting
-from trainer_wan.sampling import Given, Sampling
+from trainer_wan.sampling import Given, Sampling, sample_latents, settle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -36,7 +35,7 @@ def render(
 ) -> list[Artifact]:
     """Return one clip for each of ``run.prompts``; the VAE is loaded for decoding alone."""
     scheduler = weights.config("scheduler")
-    sampling = draw.settle(run, scheduler)
+    sampling = settle(run, scheduler)
     negative = None
     if sampling.guidance > 1:
         text = run.settings.validation_negative_prompt
@@ -51,7 +50,7 @@ def render(
             )
             if (sentence := kernels.enter_context(chosen)) is not None:
                 run.say_once(sentence)
-        clips = draw.sample_latents(
+        clips = sample_latents(
             networks,
             [run.encoded_caption(prompt.text)["text_embeds"] for prompt in run.prompts],
             negative=negative,
@@ -123,7 +122,7 @@ def given_for(run: Run, settings: WanSettings, flavour: Flavour, scheduler: Any)
         names.append("image_embeds")
     if not names:
         return Given()
-    sampling = draw.settle(run, scheduler)
+    sampling = settle(run, scheduler)
     found = run.encoded_pixels(_start(run, settings, flavour, sampling), tuple(names))
     return Given(**{name: tensor[None] for name, tensor in found.items()})
 
