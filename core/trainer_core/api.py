@@ -10,7 +10,7 @@ from trainer_core.errors import (
     TrainerError,
 )
 from trainer_core.hookspecs import hookimpl
-from trainer_core.run import DROP_VAE_ENCODER, FORCE_KEEP, QUANTISE_ENCODER, Key, Run
+from trainer_core.run import DROP_VAE_ENCODER, FORCE_KEEP, MODEL_ASIDE, QUANTISE_ENCODER, Key, Run
 from trainer_core.settings.keys import PluginSettings, key
 from trainer_core.types import (
     API_VERSION,
@@ -42,7 +42,7 @@ from trainer_core.types import (
 __all__ = [
     # writing a plugin
     "API_VERSION", "PluginInfo", "PluginSettings", "key", "hookimpl", "Run", "Key", "FORCE_KEEP",
-    "DROP_VAE_ENCODER", "QUANTISE_ENCODER",
+    "DROP_VAE_ENCODER", "MODEL_ASIDE", "QUANTISE_ENCODER",
     # what hooks take and return
     "Artifact", "Batch", "EncodedTensor", "Encoder", "EncoderQuantiser", "EncoderSample", "Expert",
     "Exported", "ForwardPlan", "LoadedEncoder", "LossTerm", "ModelInputs", "ModelSpec", "Moment",

@@ -251,8 +251,12 @@ class BlockStack:
 def arrange(
     stack: BlockStack, settings: CoreSettings, *, residency: Residency | None = None
 ) -> None:
-    """Let a stack recompute what the settings say, or refuse a policy that it has no part for."""
+    """Let a stack recompute and compile as the settings say; refuse a policy that it has no part for."""
     stack.residency = residency
+    if settings.compile_blocks:
+        for block in stack.blocks:
+            # Dynamic from the start: a new bucket costs nothing, and the blocks share one graph.
+            block.compile(dynamic=True)
     policy = settings.gradient_checkpointing_policy
     if not settings.gradient_checkpointing:
         stack.policy = "none"

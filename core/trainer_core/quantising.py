@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -53,14 +53,14 @@ def check(run: Run) -> None:
 def blocks_on_the_host(run: Run) -> Iterator[torch.device]:
     """Let ``load_model`` leave blocks on the CPU: they reach the accelerator quantised or not at all.
 
-    Yields the device that they belong on afterwards.
+    Yields the device that they belong on afterwards: in a plan the device, whoever moves them later.
     """
     import torch
 
     before = run.placement
     run.placement = replace(before, blocks=torch.device("cpu"))
     try:
-        yield before.blocks_device
+        yield before.blocks_device if run.sketch is None else before.device
     finally:
         run.placement = before
 
@@ -94,9 +94,10 @@ def offer_encoder(run: Run, convert: Convert, *, identity: Mapping[str, Any]) ->
 
 
 def _quantised(run: Run, network: nn.Module, convert: Convert) -> nn.Module:
-    sizes = quantise_linears(network, _rehearsed(run, convert), dtype=run.placement.dtype)
-    run.say(f"text encoder in {run.settings.text_encoder_1_precision}: {sizes}")
-    return network.to(run.device)
+    with run.sketch.at_work() if run.sketch is not None else nullcontext():
+        sizes = quantise_linears(network, _rehearsed(run, convert), dtype=run.placement.dtype)
+        run.say(f"text encoder in {run.settings.text_encoder_1_precision}: {sizes}")
+        return network.to(run.device)
 
 
 def _rehearsed(run: Run, convert: Convert) -> Convert:

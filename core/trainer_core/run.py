@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -57,6 +58,12 @@ IMAGE_EMBEDS_OF = Key["tuple[str, ...]"]("image_embeds_of")
 """Frames of a clip whose image embeddings the model takes: ("first",) or ("first", "last").
 
 A model's plugin sets it in ``describe_model``; the plugin of an image encoder reads it in ``encoders``.
+"""
+
+MODEL_ASIDE = Key[Callable[[], AbstractContextManager[Any]]]("model_aside")
+"""Makes room for another component: within the context the model's weights are off the accelerator.
+
+A plugin sets it in ``attach``; the model's plugin enters it while it decodes samples.
 """
 
 QUANTISE_ENCODER = Key[EncoderQuantiser | None]("quantise_encoder")

@@ -101,6 +101,23 @@ def data(resolved: Resolved, host: Host) -> int:
 def prepare(resolved: Resolved, host: Host, *, display: Display | None = None) -> Session:
     """Describe the model and plan the data, before anything heavy is loaded."""
     display = display or Display()
+    current = describe(resolved, host, display)
+    settings = resolved.core
+    backends = load_backends(Path(settings.data_backend_config), settings)
+    plan = plan_data(backends, settings, current.spec, say=display.say, progress=display.task)
+    current.most_tokens, current.clip_shapes = plan.most_tokens, plan.clip_shapes
+    identity = Identity(
+        fixed=resolved.fixed(),
+        versions=plugin_versions(resolved),
+        resolved=resolved.resolved(),
+        write=lambda folder: write_settings(resolved, folder),
+    )
+    current.settings_digest = digest_json(identity.fixed)
+    return Session(current, host, display, plan, identity)
+
+
+def describe(resolved: Resolved, host: Host, display: Display) -> Run:
+    """Check the settings and describe the model; no data is looked at."""
     for choice in resolved.choices:
         display.say(f"plugin {choice.name}: {choice.why}")
     for notice in (*resolved.unused, *idle_keys(resolved.core, resolved.origins)):
@@ -131,17 +148,7 @@ def prepare(resolved: Resolved, host: Host, *, display: Display | None = None) -
             look(current)
     if settings.validation_prompt:
         current.prompts = (Prompt("validation", settings.validation_prompt),)
-    backends = load_backends(Path(settings.data_backend_config), settings)
-    plan = plan_data(backends, settings, spec, say=display.say, progress=display.task)
-    current.most_tokens, current.clip_shapes = plan.most_tokens, plan.clip_shapes
-    identity = Identity(
-        fixed=resolved.fixed(),
-        versions=plugin_versions(resolved),
-        resolved=resolved.resolved(),
-        write=lambda folder: write_settings(resolved, folder),
-    )
-    current.settings_digest = digest_json(identity.fixed)
-    return Session(current, host, display, plan, identity)
+    return current
 
 
 def _check_folders(settings: CoreSettings) -> None:

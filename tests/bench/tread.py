@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import random
 import statistics
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
-from torch import Tensor, nn
+from measure import adapt, interval, machine
+from torch import nn
 
 from trainer_core.blocks import BlockStack, TokenContext, draw_plan
 from trainer_core.run import Run
@@ -31,26 +29,11 @@ from trainer_core.types import ForwardPlan, Moment, Placement, Route
 from trainer_tread.flops import Cost, speed_up, training_passes
 from trainer_tread.hooks import Forced, Kept
 from trainer_tread.routing import num_kept
+from trainer_wan.block import take_over
 from trainer_wan.network import call_block
 
 WIDTH, FFN, HEADS, HEAD_DIM, TEXT = 1536, 8960, 12, 128, 512
 RATIOS = (0.1, 0.25, 0.5)
-LORA_RANK = 16
-DRAWS = 10_000
-
-
-class Lora(nn.Module):
-    """A frozen linear layer with an adapter."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.down = nn.Linear(base.in_features, LORA_RANK, bias=False)
-        self.up = nn.Linear(LORA_RANK, base.out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output and the adapter's."""
-        return self.base(x) + self.up(self.down(x))
 
 
 def cost(num_tokens: int) -> Cost:
@@ -67,12 +50,8 @@ def build(num_blocks: int, device: str) -> BlockStack:
     blocks = nn.ModuleList(
         WanTransformerBlock(WIDTH, FFN, HEADS, cross_attn_norm=True) for _ in range(num_blocks)
     )
-    blocks.requires_grad_(False)
-    for block in blocks:
-        for attention in (block.attn1, block.attn2):
-            for name in ("to_q", "to_k", "to_v"):
-                setattr(attention, name, Lora(getattr(attention, name)))
-            attention.to_out[0] = Lora(attention.to_out[0])
+    adapt(blocks)
+    take_over(blocks)
     return BlockStack(blocks.train().to(device), policy="full")
 
 
@@ -156,13 +135,6 @@ class Bench:
         }
 
 
-def interval(values: list[float], of: Callable[[list[float]], float]) -> tuple[float, float]:
-    """Return the bootstrap interval (95 %) of a statistic."""
-    source = random.Random(0)
-    draws = sorted(of(source.choices(values, k=len(values))) for _ in range(DRAWS))
-    return draws[int(0.025 * DRAWS)], draws[int(0.975 * DRAWS)]
-
-
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -190,14 +162,10 @@ def main() -> None:
             f"[{row['interval'][0]:.2f}, {row['interval'][1]:.2f}], model {row['model']:.2f}x",
             flush=True,
         )
-    machine = {
-        "torch": torch.__version__,
-        "device": given.device,
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-    }
     given.folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"machine": machine, "blocks": given.blocks, "rows": rows}, indent=2)
+    text = json.dumps(
+        {"machine": machine(given.device), "blocks": given.blocks, "rows": rows}, indent=2
+    )
     (given.folder / "tread.json").write_text(text + "\n", encoding="utf-8")
 
 

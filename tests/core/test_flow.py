@@ -8,7 +8,7 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from trainer_core.flow import SigmaSampler, auto_shift, noised, shifted
+from trainer_core.flow import SigmaSampler, auto_shift, noised, shares_sentence, shifted
 from trainer_core.settings.core import CoreSettings
 from trainer_core.types import Expert, Moment
 
@@ -95,3 +95,27 @@ def test_a_velocity_step_from_the_noised_input_reaches_the_clean_latents():
     torch.testing.assert_close(made.x_t - s * made.target, x0)
     torch.testing.assert_close(made.x_t + (1 - s) * made.target, eps)
     assert made.t.tolist() == [250.0, 1000.0]
+
+
+def test_every_rank_draws_the_same_expert_for_a_micro_batch():
+    experts = (Expert("high", 0.5, 1.0), Expert("low", 0.0, 0.5))
+    sampler = SigmaSampler(CoreSettings(), experts)
+    roles = [
+        [
+            sampler.expert(1, Moment(step, micro, rank), 1.0).role
+            for step in range(40)
+            for micro in (0, 1)
+        ]
+        for rank in (0, 3)
+    ]
+    assert roles[0] == roles[1]
+    assert len(set(roles[0])) == 2
+    assert roles[0][::2] != roles[0][1::2], "micro-batches of a step draw for themselves"
+
+
+def test_the_shares_of_experts_are_told_where_they_are_known():
+    experts = (Expert("high", 0.9, 1.0), Expert("low", 0.0, 0.9))
+    said = shares_sentence(CoreSettings(flow_use_uniform_schedule=True), experts)
+    assert str(said).startswith("share of the micro-batches: high 10.0%, low 90.0%")
+    assert shares_sentence(CoreSettings(flow_schedule_auto_shift=True), experts) is None
+    assert shares_sentence(CoreSettings(), experts[:1]) is None

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -225,3 +226,43 @@ def test_a_run_takes_its_policy_from_the_keys(tmp_path):
     wrong = {**keys, "gradient_checkpointing_policy": "ffn"}
     with pytest.raises(ConfigError, match="gradient_checkpointing_policy"):
         train(tmp_path, plugins={}, settings=wrong, output="wrong")
+
+
+def test_compiled_blocks_share_their_graphs_over_all_numbers_of_tokens(monkeypatch):
+    """Without a code generator, which is the slow part and not ours."""
+    torch._dynamo.reset()
+    stack, _ = made()
+    expected = {}
+    counts = {n: torch.randn(B, n, D, requires_grad=True) for n in (12, 20, 7)}
+
+    def grads(tokens):
+        out, _ = stack.run(tokens, call=lambda block, rows, *_: block(rows))
+        return [out, *torch.autograd.grad(out.square().sum(), [tokens, *stack.blocks.parameters()])]
+
+    for block in stack.blocks:
+        block.ffn[2].p = 0.0
+    for n, tokens in counts.items():
+        expected[n] = grads(tokens)
+    backend = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    plain = nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self, **keys: plain(self, backend=backend, **keys)
+    )
+    arrange(stack, CoreSettings(compile_blocks=True))
+    assert stack.policy == "full"
+    graphs = []
+    for n, tokens in counts.items():
+        for found, wanted in zip(grads(tokens), expected[n], strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        graphs.append(backend.frame_count)
+    assert 1 <= graphs[0] < BLOCKS
+    assert graphs[0] == graphs[-1]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("policy", ["ffn", "keep_attention"])
+def test_policies_that_take_a_block_apart_are_refused_for_compiled_blocks(policy):
+    keys = {"compile_blocks": True, "gradient_checkpointing_policy": policy}
+    with pytest.raises(ValueError, match="exclude each other"):
+        CoreSettings(**keys)
+    CoreSettings(**keys, gradient_checkpointing=False)

@@ -77,6 +77,22 @@ def test_pages_routes_are_refused_on_a_model_of_two_blocks(folder: Path, name: s
     assert "2 blocks" in done.stderr or "not installed" in done.stderr
 
 
+def test_the_pages_quantised_settings_pass(folder: Path):
+    """Or the plugins that they need are not here."""
+    page = json.loads((PAGE / "config.json").read_text())
+    kept = {key: value for key, value in page.items() if key not in refused_of_the_page()}
+    quantised = {**kept, **json.loads((PAGE / "quantised.json").read_text())}
+    (folder / "config" / "quantised.json").write_text(json.dumps(quantised))
+    done = check(folder, "config/quantised.json")
+    if "no installed plugin provides this value" in done.stderr:
+        assert "int8-quanto" in done.stderr
+        return
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "plugin quanto: base_model_precision is int8-quanto" in done.stdout
+    assert "quantize_via has no effect" not in done.stdout
+    assert "base_model_default_dtype has no effect" not in done.stdout
+
+
 def test_the_pages_custom_fine_tune_is_taken_as_it_is(folder: Path, world: Path):
     """With its trailing comma, its subfolder "none", and folders in the place of repositories."""
     shutil.copytree(world / "model" / "transformer", folder / "path" / "to-the-other-model")

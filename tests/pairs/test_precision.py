@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from trainer_core.quantising import inner_tensors
+from trainer_core.settings.files import read_json
 from trainer_core.testing.harness import Finished, Interrupted, train
 
 lora = pytest.importorskip("trainer_lora")
@@ -142,3 +143,26 @@ def test_a_stored_text_encoder_has_a_cache_of_its_own(world: Path, checkpoint, n
     assert stored.steps != plain.steps
     for one, other in zip(stored.steps, plain.steps, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=0.02)
+
+
+RECIPE = Path(__file__).parents[2] / "config" / "minimal-vram" / "config.json.example"
+ITS_OWN = ("model_family", "data_backend_config", "cache_dir", "output_dir", "resolution_type")
+
+
+def test_the_recipe_for_the_least_memory_trains(world: Path, checkpoint):
+    """The preset as it is, on a tiny checkpoint and clips: every part of it acts."""
+    bnb = pytest.importorskip("trainer_bitsandbytes")
+    pytest.importorskip("bitsandbytes")
+    if "quanto" not in QUANTISERS:
+        pytest.skip("quanto is not here")
+    wan, umt5 = (pytest.importorskip(f"trainer_{n}") for n in ("wan", "umt5"))
+    plugins = {"wan": wan.Wan, "umt5": umt5.Umt5, "lora": lora.Lora, "quanto": quantiser("quanto")}
+    plugins["bitsandbytes"] = bnb.BitsAndBytes
+    keys = {key: value for key, value in read_json(RECIPE).items() if key not in ITS_OWN}
+    keys |= {**checkpoint, "resolution": 32, "max_train_steps": 12, "lr_warmup_steps": 0}
+    keys["learning_rate"] = 1e-2
+    done = train(world, plugins=plugins, settings=keys, output="recipe", num_held_out=2)
+    first, last = (event["eval/eval"] for event in done.events if event["kind"] == "eval")
+    assert last < first
+    for mark in ("blocks in int8-quanto", "text encoder in int8-quanto", "nothing is paged"):
+        assert any(mark in line for line in done.said), mark

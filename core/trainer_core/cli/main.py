@@ -7,6 +7,8 @@ import sys
 
 import click
 
+from trainer_core.noise import quiet_libraries
+
 COMMANDS = {
     "run": ("trainer_core.cli.run", "run", "Train."),
     "check": ("trainer_core.cli.run", "check", "Check a run up to its first step; train nothing."),
@@ -58,6 +60,7 @@ def group() -> None:
 
 def main(words: list[str] | None = None) -> None:
     """Run the command line and exit: 0, 2 for wrong input, 1 for an error, 130 for Ctrl-C."""
+    quiet_libraries()
     try:
         code = group.main(args=words, prog_name="trainer", standalone_mode=False)
     except click.ClickException as error:

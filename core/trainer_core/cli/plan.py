@@ -16,32 +16,22 @@ if TYPE_CHECKING:
 
 
 @settings_command("plan")
+@click.option("--clip", metavar="FxHxW", help="Frames, height, width; no data is looked at then.")
 @click.option("--vram", type=float, metavar="GIB", help="Say whether it fits, and what would help.")
 @click.option(
     "--tflops", type=float, metavar="RATE", help="Speed of the card; measured without it."
 )
 @click.option("--json", "to", type=click.Path(path_type=Path), metavar="FILE", help="Write it too.")
-def plan(
-    config: Path | None,
-    plugins: str | None,
-    keys: tuple[str, ...],
-    vram: float | None,
-    tflops: float | None,
-    to: Path | None,
-) -> int:
+@click.option("--probe", "with_probe", is_flag=True, help="Run three real steps and compare.")
+def plan(config: Path | None, plugins: str | None, keys: tuple[str, ...], **options: Any) -> int:
     """Predict memory in each phase, time and tokens of a step, and space on the disk.
 
     Nothing is downloaded or loaded: the run's own code goes over networks without contents.
     """
 
     def with_values(values: Mapping[str, Any]) -> tuple[Resolved, Host]:
-        words = [word for key, value in values.items() for word in (f"--{key}", _word(value))]
-        return prepare(config, plugins, (*keys, *words))
+        return prepare(config, plugins, keys, values)
 
     from trainer_core.planner import command
 
-    return command.plan(with_values, vram=vram, tflops=tflops, to=to)
-
-
-def _word(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return command.plan(with_values, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,6 +65,12 @@ def run(config: Path | None, plugins: str | None, keys: tuple[str, ...]) -> int:
     resolved, host = prepare(config, plugins, keys)
     from trainer_core import session
 
+    if resolved.core.memory_policy == "auto":
+        from trainer_core.planner.auto import settle
+
+        chosen, sentence = settle(lambda values: prepare(config, plugins, keys, values))
+        click.echo(sentence)
+        resolved, host = prepare(config, plugins, keys, chosen)
     return session.run(resolved, host)
 
 
@@ -87,18 +93,35 @@ def data(config: Path | None, plugins: str | None, keys: tuple[str, ...]) -> int
 
 
 def prepare(
-    config: Path | None, plugins: str | None, keys: tuple[str, ...]
+    config: Path | None,
+    plugins: str | None,
+    keys: tuple[str, ...],
+    values: Mapping[str, object] | None = None,
 ) -> tuple[Resolved, Host]:
-    """Resolve the settings, then build the plugins; nothing heavy is imported for wrong ones."""
+    """Resolve the settings, then build the plugins; nothing heavy is imported for wrong ones.
+
+    values: keys that outrank all others; plugins that own them join those that were named.
+    """
     from trainer_core.catalogue import Catalogue
     from trainer_core.settings.load import resolve
 
-    named = () if plugins is None else (f"--plugins={plugins}",)
+    named = [] if plugins is None else [f"--plugins={plugins}"]
     catalogue = Catalogue.installed()
     resolved = resolve(config, args=(*keys, *named), catalogue=catalogue)
+    if values:
+        if (chosen := resolved.core.plugins) is not None:
+            owners = [entry.name for key in values for entry in catalogue.owners(key)]
+            named = [f"--plugins={','.join(dict.fromkeys((*chosen, *owners)))}"]
+        resolved = resolve(config, args=(*keys, *words(values), *named), catalogue=catalogue)
 
     from trainer_core.flow import Flow
     from trainer_core.optim import Optimizers
     from trainer_core.plugins import build
 
     return resolved, build(resolved, catalogue=catalogue, builtins=(Flow(), Optimizers()))
+
+
+def words(values: Mapping[str, object]) -> list[str]:
+    """Return keys and values as they stand on the command line."""
+    told = {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in values.items()}
+    return [word for key, value in told.items() for word in (f"--{key}", value)]

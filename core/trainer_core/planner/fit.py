@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer_core.planner.rehearse import Forecast
+from trainer_core.planner.rehearse import ENCODING, TRAINING, Forecast, Phase
 
 GIB = 2**30
 CONTEXT = 0.7 * GIB
@@ -21,20 +21,37 @@ class Remedy:
 
     keys: Mapping[str, Any]
     about: str
-    phases: tuple[str, ...] = ("training",)
+    phases: tuple[str, ...] = (TRAINING,)
 
     def __str__(self) -> str:
         return ", ".join(f"{key} {_shown(value)}" for key, value in self.keys.items())
 
 
 REMEDIES: tuple[Remedy, ...] = (
-    Remedy({"vae_batch_size": 1}, "caching is a little slower", ("encoding",)),
+    Remedy({"vae_batch_size": 1}, "caching is a little slower", (ENCODING,)),
     Remedy(
         {"text_encoder_1_precision": "int8-torchao"},
         "captions are encoded from 8-bit weights",
-        ("encoding",),
+        (ENCODING,),
     ),
-    Remedy({"gradient_checkpointing": True}, "a step takes a third longer"),
+    Remedy({"vae_enable_tiling": True}, "large clips are encoded in blended tiles", (ENCODING,)),
+    Remedy(
+        {"gradient_checkpointing": True, "gradient_checkpointing_policy": "ffn"},
+        "feed-forwards are computed twice",
+    ),
+    Remedy(
+        {"gradient_checkpointing": True, "gradient_checkpointing_policy": "keep_attention"},
+        "all but self-attention is computed twice",
+    ),
+    Remedy(
+        {"gradient_checkpointing": True, "gradient_checkpointing_policy": "full"},
+        "blocks are computed twice",
+    ),
+    Remedy(
+        {"enable_group_offload": True, "group_offload_use_stream": True},
+        "frozen blocks come from host memory; free where a block computes longer than it travels",
+    ),
+    Remedy({"enable_chunked_feed_forward": True}, "feed-forwards in chunks, computed twice"),
     Remedy({"base_model_precision": "int8-torchao"}, "frozen weights are rounded to 8 bits"),
     Remedy(
         {"train_batch_size": 1}, "fewer clips a step; gradient_accumulation_steps makes up for it"
@@ -51,9 +68,10 @@ class Rung:
     forecast: Forecast
 
 
-def needed(forecast: Forecast) -> float:
-    """Return the bytes that a card must have for the forecast's worst phase."""
-    return forecast.peak.num_bytes * (1 + SHARE_LOST) + CONTEXT
+def needed(forecast: Forecast, phases: Sequence[Phase] | None = None) -> float:
+    """Return the bytes that a card must have for the worst phase, of all or of some."""
+    worst = max(phase.num_bytes for phase in phases or forecast.phases)
+    return worst * (1 + SHARE_LOST) + CONTEXT
 
 
 def ladder(
@@ -61,13 +79,14 @@ def ladder(
     *,
     capacity: float,
     current: Callable[[str], Any],
-    forecast: Callable[[Mapping[str, Any]], Forecast | None],
+    forecast: Callable[[Mapping[str, Any], bool], Forecast | None],
     remedies: Sequence[Remedy] = REMEDIES,
 ) -> Iterator[Rung]:
     """Yield the remedies that help, each on top of the ones before, until the run fits.
 
-    capacity: bytes. current: a key → its value in the run. forecast: overrides → what the run would
-    need, None where they are refused (a plugin that is not installed). Those that change nothing, or
+    capacity: bytes. current: a key → its value in the run. forecast: overrides, and whether they
+    touch encoders → what the run would need, None where they are refused (a plugin that is not
+    installed). Those that change nothing, or
     do not help the phase that needs most, are passed over.
     """
     keys: dict[str, Any] = {}
@@ -78,7 +97,7 @@ def ladder(
         fits_phase = at.peak.name.startswith(remedy.phases)
         if not fits_phase or all(current(key) == value for key, value in remedy.keys.items()):
             continue
-        tried = forecast({**keys, **remedy.keys})
+        tried = forecast({**keys, **remedy.keys}, ENCODING in remedy.phases)
         if tried is None or needed(tried) >= needed(at):
             continue
         keys |= remedy.keys
@@ -87,8 +106,4 @@ def ladder(
 
 
 def _shown(value: Any) -> str:
-    return (
-        {True: "true", False: "false"}.get(value, str(value))
-        if isinstance(value, bool)
-        else str(value)
-    )
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -16,8 +16,14 @@ SEGMENT = 512
 
 
 def num_bytes(values: Iterable[Tensor]) -> int:
-    """Return the bytes of the storages behind some tensors, each counted once."""
-    return sum({id(s): s.nbytes() for s in (v.untyped_storage() for v in values)}.values())
+    """Return the bytes that the storages behind some tensors take, each counted once."""
+    storages = (value.untyped_storage() for value in values)
+    return sum({id(storage): taken(storage) for storage in storages}.values())
+
+
+def taken(storage: Any) -> int:
+    """Return the bytes that an allocator gives to a storage."""
+    return -(-int(storage.nbytes()) // SEGMENT) * SEGMENT
 
 
 def weights_of(modules: Iterable[nn.Module]) -> list[Tensor]:
@@ -50,7 +56,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's 
         key = id(storage)
         if key in self._known:
             return
-        size = -(-storage.nbytes() // SEGMENT) * SEGMENT
+        size = taken(storage)
 
         def freed(_: Any) -> None:
             self._known.pop(key, None)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer_core.blocks import draw_plan
+from trainer_core.capabilities import Blocks
 from trainer_core.errors import PluginError
 from trainer_core.flow import noised
 from trainer_core.loop import inside_the_forward
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from trainer_core.run import Run
 
 Shape = tuple[int, int, int]
+Encoded = tuple[tuple[int, ...], torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ class Forecast:
     """What a run needs. phases: in the order in which they come. clip: (frames, height, width) of the
     largest clip, in pixels, that was rehearsed; tokens: of a micro-batch of such clips. operations: of
     an optimiser step over such clips. cache: encoder → bytes on the disk, before compression. trained:
-    number of trained parameters. unknown: what could not be told, in sentences.
+    number of trained parameters. host: bytes of weights that a plugin keeps in host memory. encoded: what
+    the encoders write for that clip, name → (shape, dtype). unknown: what could not be told, in
+    sentences.
     """
 
     phases: tuple[Phase, ...]
@@ -63,6 +67,8 @@ class Forecast:
     operations: int
     cache: Mapping[str, int]
     trained: int
+    host: int
+    encoded: Mapping[str, Encoded]
     unknown: tuple[str, ...] = ()
 
     @property
@@ -71,14 +77,20 @@ class Forecast:
         return max(self.phases, key=lambda phase: phase.num_bytes)
 
 
-def forecast(run: Run, host: Host) -> Forecast:
-    """Return what the run needs. ``run.spec`` and ``run.clip_shapes`` are known; nothing is loaded."""
+def forecast(run: Run, host: Host, *, known: Forecast | None = None) -> Forecast:
+    """Return what the run needs. ``run.spec`` and ``run.clip_shapes`` are known; nothing is loaded.
+
+    known: of the same run with other settings of training; its encoders are not rehearsed again.
+    """
     rehearsal = Rehearsal(run, host)
     encoders = collect_encoders(run, host)
     run.sketch = rehearsal.sketch
     try:
-        for encoder in encoders:
-            rehearsal.encode(encoder)
+        if known is not None:
+            rehearsal.take(known)
+        else:
+            for encoder in encoders:
+                rehearsal.encode(encoder)
         rehearsal.train()
         rehearsal.others()
     finally:
@@ -97,6 +109,9 @@ def modules_in(network: Any) -> list[nn.Module]:
     return [value for value in inside if isinstance(value, nn.Module)]
 
 
+ENCODING, TRAINING = "encoding", "training"
+
+
 class Rehearsal:
     """What is known so far, phase by phase."""
 
@@ -104,17 +119,22 @@ class Rehearsal:
         self.run, self.host, self.sketch = run, host, Sketch()
         self.clip = largest(run.clip_shapes, run.spec.tokens)
         self.phases: list[Phase] = []
-        self.encoded: dict[str, Tensor] = {}
+        self.encoded: dict[str, Encoded] = {}
         self.cache: dict[str, int] = {}
         self.unknown: list[str] = []
-        self.tokens = self.operations = self.trained = 0
+        self.tokens = self.operations = self.trained = self.at_home = 0
 
     def told(self) -> Forecast:
         """Return the result."""
         return Forecast(
             tuple(self.phases), self.clip, self.tokens, self.operations, self.cache, self.trained,
-            tuple(self.unknown),
+            self.at_home, self.encoded, tuple(self.unknown),
         )  # fmt: skip
+
+    def take(self, known: Forecast) -> None:
+        """Take over what encoders need and write."""
+        self.phases += [phase for phase in known.phases if phase.name.startswith(ENCODING)]
+        self.encoded, self.cache = dict(known.encoded), dict(known.cache)
 
     def encode(self, encoder: Encoder) -> None:
         """Rehearse one encoder on the largest clip, or on the longest caption."""
@@ -136,8 +156,8 @@ class Rehearsal:
             if not made:
                 raise PluginError(f"no plugin encodes for {encoder.name!r}, which one declares")
             weights = num_bytes(weights_of(modules))
-            self._add(f"encoding with {encoder.name}", live, {"weights": weights})
-        self.encoded |= dict(made[0])
+            self._add(f"{ENCODING} with {encoder.name}", live, {"weights": weights})
+        self.encoded |= {name: (tuple(v.shape), v.dtype) for name, v in made[0].items()}
         self.cache[encoder.name] = self._on_disk(encoder, made[0])
 
     def _on_disk(self, encoder: Encoder, made: Mapping[str, Tensor]) -> int:
@@ -183,8 +203,10 @@ class Rehearsal:
             _step(optimizer, parameters)
             self.operations = operations.total * micro
             state = [v for s in optimizer.state.values() for v in s.values() if _is_tensor(v)]
-            self._add("training", live, {
-                "frozen weights": num_bytes(frozen),
+            self.at_home = self._at_home(parameters)
+            live.peak -= self.at_home
+            self._add(TRAINING, live, {
+                "frozen weights": num_bytes(frozen) - self.at_home,
                 "trained weights": num_bytes(parameters),
                 "their averages": num_bytes(averages),
                 "optimiser": num_bytes(state),
@@ -231,10 +253,9 @@ class Rehearsal:
             for tensor in encoder.writes
         }
         stacked: dict[str, Tensor] = {}
-        for name, value in self.encoded.items():
-            rows = pads.get(name) or (value.shape[0] if value.ndim else 0)
-            shape = (num, rows, *value.shape[1:]) if value.ndim else (num,)
-            stacked[name] = torch.empty(shape, dtype=value.dtype, device=run.device)
+        for name, (shape, dtype) in self.encoded.items():
+            rows = (pads.get(name) or shape[0],) if shape else ()
+            stacked[name] = torch.empty((num, *rows, *shape[1:]), dtype=dtype, device=run.device)
         latents = stacked.pop("latents").float()
         names = tuple(f"clip {number}" for number in range(num))
         return Batch(latents, stacked, names, ("",) * num, "plan", Moment(step=1))
@@ -249,6 +270,23 @@ class Rehearsal:
             )
         drawn = tuple((route, self.sketch.of(ids)) for route, ids in plan.routes)
         return ForwardPlan(routes=drawn, taps=plan.taps)
+
+    def _at_home(self, trained: Sequence[Tensor]) -> int:
+        """Return the bytes of frozen blocks that a plugin keeps off the device at any moment."""
+        if not isinstance(self.run.model, Blocks):
+            return 0
+        ours = {id(parameter) for parameter in trained}
+        stacks = [
+            [
+                num_bytes(v for v in block.parameters() if id(v) not in ours)
+                for block in stack.blocks
+            ]
+            for stack in self.run.model.stacks().values()
+        ]
+        for plugin in self.host.plugins.values():
+            if (resident := getattr(plugin, "resident_bytes", None)) is not None:
+                return sum(sum(blocks) - resident(blocks) for blocks in stacks)
+        return 0
 
     def _frozen(self, trained: Sequence[Tensor]) -> list[Tensor]:
         ours = {id(parameter) for parameter in trained}

@@ -22,6 +22,8 @@ def lines(found: Forecast, run: Run, *, rate: float, measured: bool) -> Iterator
     yield "Device memory at the worst moment of each phase:"
     for phase in found.phases:
         yield f"  {gib(phase.num_bytes)}  {phase.name}: {parts(phase)}"
+    if found.host:
+        yield f"In host memory, and on the device only while they compute: {gib(found.host).strip()}."
     seconds = found.operations / rate
     source = "measured here" if measured else "given"
     yield (

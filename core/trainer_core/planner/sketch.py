@@ -90,6 +90,31 @@ def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: boo
     return module
 
 
+class Moments(torch.optim.Optimizer):
+    """An optimiser that changes nothing and has the state of another one, which needs real values.
+
+    A plugin returns it where it finds ``run.sketch``. shapes: a parameter → the shape and dtype of each
+    tensor that the other optimiser keeps for it.
+    """
+
+    def __init__(
+        self,
+        param_groups: Sequence[dict[str, Any]],
+        shapes: Callable[[Tensor], Sequence[tuple[Sequence[int], torch.dtype]]],
+    ) -> None:
+        super().__init__(param_groups, {})
+        self._shapes = shapes
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # nothing is computed
+        """Make the state of parameters that have a gradient."""
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            if parameter.grad is None or self.state[parameter]:
+                continue
+            for number, (shape, dtype) in enumerate(self._shapes(parameter)):
+                empty = torch.empty(tuple(shape), dtype=dtype, device=parameter.device)
+                self.state[parameter][f"moment{number}"] = empty
+
+
 class StoredIn8Bits(nn.Linear):
     """A frozen linear layer whose weight takes one byte, with a scale for each output row.
 

@@ -126,6 +126,13 @@ class ModelKeys(PluginSettings):
         menu="Training → Memory Optimisation",
         free=True,
     )
+    memory_policy: Literal["manual", "auto"] = key(
+        "manual",
+        "auto: rehearse the step before the run and take the fastest of checkpointing policies and group "
+        "offload that fits the device; it says which, and why. No result changes.",
+        menu="Training → Memory Optimisation",
+        free=True,
+    )
     gradient_checkpointing_interval: int = key(
         1,
         "Recompute every so many blocks only, the first one included; the others keep what they need.",
@@ -134,6 +141,22 @@ class ModelKeys(PluginSettings):
         free=True,
         ge=1,
     )
+    compile_blocks: bool = key(
+        False,
+        "Compile a block with torch.compile, once for all blocks and all buckets; the first step takes "
+        "a minute longer.",
+        free=True,
+    )
+
+    @model_validator(mode="after")
+    def _compiles_whole_blocks(self) -> ModelKeys:
+        policy = self.gradient_checkpointing_policy
+        if self.compile_blocks and self.gradient_checkpointing and policy != "full":
+            raise ValueError(
+                f"compile_blocks and gradient_checkpointing_policy {policy} exclude each other, since a "
+                "compiled block is one piece; write full, or remove compile_blocks"
+            )
+        return self
 
 
 class OptimizerKeys(PluginSettings):
@@ -258,9 +281,24 @@ class DataKeys(PluginSettings):
     )
     compress_disk_cache: bool = key(True, "Compress cache entries (zstandard).", free=True)
     cache_dir: str = key("cache", "Folder for what no dataset gives a folder for.", free=True)
+    offload_during_startup: bool = key(
+        True,
+        "One heavy component on the accelerator at a time until training begins; it is always so.",
+        free=True,
+    )
     verify_cache: bool = key(
         False, "Digest sources and cache entries again before training.", free=True
     )
+
+    @field_validator("offload_during_startup")
+    @classmethod
+    def _always(cls, value: bool) -> bool:
+        if not value:
+            raise ValueError(
+                "must be true: text encoder, VAE and model are never on the accelerator together "
+                "before training begins. Remove it"
+            )
+        return value
 
 
 class ValidationKeys(PluginSettings):

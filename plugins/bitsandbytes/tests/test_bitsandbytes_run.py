@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from trainer_bitsandbytes import BitsAndBytes
-from trainer_bitsandbytes.optimizers import KINDS, page_again
+from trainer_bitsandbytes.optimizers import KINDS, SMALLEST, moments, page_again
 from trainer_core import ConfigError
 from trainer_core.errors import CheckpointError
 from trainer_core.files import read_tensors
@@ -148,3 +148,20 @@ def test_restored_moments_are_paged_again_where_they_were(size: int, moved: int)
     assert torch.equal(state["state1"], optimizer.value)
     assert getattr(state["state1"], "is_paged", False) == bool(moved)
     assert page_again(optimizer) == 0
+
+
+@pytest.mark.parametrize("size", [3, 80])
+@pytest.mark.parametrize("name", KINDS)
+def test_the_planner_gets_the_sizes_of_the_real_moments(name: str, size: int):
+    weight = torch.nn.Parameter(torch.ones(size, size))
+    kind = KINDS[name]
+    optimizer = kind.load(paged=False)([weight], lr=0.1)
+    weight.square().sum().backward()
+    optimizer.step()
+    real = sorted(
+        (tuple(value.shape), str(value.dtype))
+        for key, value in optimizer.state[weight].items()
+        if isinstance(value, torch.Tensor) and not key.startswith("qmap")
+    )
+    found = moments(weight, kind=kind, smallest=SMALLEST)
+    assert sorted((shape, str(dtype)) for shape, dtype in found) == real

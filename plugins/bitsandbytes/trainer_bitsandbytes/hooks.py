@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from trainer_bitsandbytes.optimizers import FIXED, KINDS, page_again
+from trainer_bitsandbytes.optimizers import FIXED, KINDS, SMALLEST, moments, page_again
 from trainer_core.errors import ConfigError, Problem
 from trainer_core.hookspecs import hookimpl
 from trainer_core.types import ParameterGroup, PluginInfo
@@ -52,12 +53,26 @@ class BitsAndBytes:
             return None
         from trainer_core.optim import param_groups
 
+        if run.sketch is not None:
+            return self._sketched(run, groups)
         optimizer = self._build(run, param_groups(run.settings, groups))
         if kind.paged and run.device.type == "cpu":
             run.say_once(f"{run.settings.optimizer}: nothing is paged, since the run is on the CPU")
         elif kind.paged:
             self._paged = optimizer
         return optimizer
+
+    def _sketched(self, run: Run, groups: Sequence[ParameterGroup]) -> Optimizer:
+        """Return what has the optimiser's moments, while a run is planned."""
+        from trainer_core.optim import param_groups
+        from trainer_core.planner.sketch import Moments
+        from trainer_core.settings.arguments import parse_arguments
+
+        kind = KINDS[run.settings.optimizer]
+        smallest = parse_arguments(run.settings.optimizer_config).get("min_8bit_size", SMALLEST)
+        return Moments(
+            param_groups(run.settings, groups), partial(moments, kind=kind, smallest=smallest)
+        )
 
     def _build(self, run: Run, groups: Sequence[dict[str, Any]]) -> Optimizer:
         from trainer_core.optim import construct

@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
+
+SMALLEST = 4096
+"""Elements of the smallest weight whose moments have 8 bits, unless ``min_8bit_size`` says otherwise."""
 
 SMALLEST_PAGED = 100_000
 """Elements of the smallest weight whose moments bitsandbytes pages."""
@@ -54,6 +58,32 @@ KINDS = {
 
 FIXED = ("optim_bits", "args", "is_paged", "amsgrad")
 """Arguments that the name decides, or that the classes take and ignore."""
+
+
+BLOCK = 256
+"""Elements that share a scale in 8 bits."""
+
+
+def moments(
+    parameter: Tensor, *, kind: Kind, smallest: int
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and dtype of each tensor that the optimiser keeps for a weight.
+
+    smallest: elements from which on moments have 8 bits. Tables that all weights share are left out.
+    """
+    import torch
+
+    size, shape = parameter.numel(), tuple(parameter.shape)
+    first = (2, *shape) if kind.plain.startswith("AdEMAMix") else shape
+    states = [first] if kind.plain.startswith("Lion") else [first, shape]
+    if not kind.plain.endswith("8bit") or size < smallest:
+        return [(state, torch.float32) for state in states]
+    found: list[tuple[tuple[int, ...], torch.dtype]] = []
+    for state in states:
+        blocks = -(-size // BLOCK)
+        scales = (2, blocks) if state != shape else (blocks,)
+        found += [(state, torch.uint8), (scales, torch.float32)]
+    return found
 
 
 def page_again(optimizer: Any) -> int:

@@ -51,6 +51,15 @@ def locate(own: str | None, pipeline: str | None) -> EncoderFiles:
     return found
 
 
+def described(own: str | None, pipeline: str | None) -> Path | None:
+    """Return a local folder whose config.json tells the encoder's size; None without one here."""
+    for name in (own, pipeline):
+        folder = None if name is None else Path(name).expanduser() / MODEL
+        if folder is not None and (folder / "config.json").is_file():
+            return folder
+    return None
+
+
 def _look(name: str) -> EncoderFiles | None:
     folder = Path(name).expanduser()
     if not folder.is_dir():

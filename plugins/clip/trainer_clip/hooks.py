@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trainer_clip.config import ClipSettings
-from trainer_clip.files import EncoderFiles, locate
+from trainer_clip.files import EncoderFiles, described, locate
 from trainer_core.hookspecs import hookimpl
 from trainer_core.run import IMAGE_EMBEDS_OF
 from trainer_core.types import EncodedTensor, Encoder, EncoderSample, LoadedEncoder, PluginInfo
@@ -15,7 +15,9 @@ from trainer_core.types import EncodedTensor, Encoder, EncoderSample, LoadedEnco
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainer_clip.sketch import SketchedImages
     from trainer_clip.vision import ImageEncoder
+    from trainer_core.planner.sketch import Sketch
     from trainer_core.run import Run
 
 ENCODER = "clip.vision"
@@ -53,6 +55,7 @@ class Clip:
                 identity=partial(self._identity, run),
                 load=partial(self._load, run),
                 keep="image_embeds",
+                sketch=partial(self._sketch, run),
             )
         ]
 
@@ -80,6 +83,12 @@ class Clip:
             "frames": list(run.state[IMAGE_EMBEDS_OF]),
             "dtype": "float32",
         }
+
+    def _sketch(self, run: Run, builder: Sketch) -> SketchedImages:
+        from trainer_clip import sketch
+
+        own = self.settings.clip_pretrained_model_name_or_path
+        return sketch.build(builder, described(own, run.settings.pretrained_model_name_or_path))
 
     def _load(self, run: Run) -> ImageEncoder:
         from trainer_clip.vision import load

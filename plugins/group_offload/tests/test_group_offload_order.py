@@ -40,7 +40,10 @@ def call(block: nn.Module, x: Tensor, per_token: Any, shared: Any) -> Tensor:
 def made(policy: str) -> BlockStack:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        return BlockStack(nn.ModuleList(Block() for _ in range(NUM)), policy=policy)
+        blocks = nn.ModuleList(Block() for _ in range(NUM))
+    if policy == "every second":
+        return BlockStack(blocks, policy="full", interval=2)
+    return BlockStack(blocks, policy=policy)  # type: ignore[arg-type]  # one of its words
 
 
 def attach(stack: BlockStack, transfers: Any, *, size: int, ahead: bool) -> BlockResidency:
@@ -73,7 +76,7 @@ def equal(one: list[Tensor], two: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-@pytest.mark.parametrize("policy", ["none", "full"])
+@pytest.mark.parametrize("policy", ["none", "full", "keep_attention", "every second"])
 @pytest.mark.parametrize(("size", "ahead"), CASES)
 def test_a_step_is_the_same_bit_for_bit_and_holds_no_more_than_promised(
     recording, policy: str, size: int, ahead: bool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from trainer_core import ConfigError
 from trainer_core.testing.harness import Finished, Interrupted, attempt, train
 from trainer_group_offload import GroupOffload
+from trainer_group_offload.config import GroupOffloadSettings
 from trainer_group_offload.tensors import leaves, mapped, rebuilt
 
 lora = pytest.importorskip("trainer_lora")
@@ -153,3 +155,21 @@ def test_a_plain_tensor_is_its_own_leaf():
     other = torch.zeros(3, 2)
     assert rebuilt(tensor, [other]) is other
     assert torch.equal(mapped(tensor, lambda leaf: leaf + 1), tensor + 1)
+
+
+def test_a_plan_moves_nothing(on_cpu):
+    plugin = on_cpu(GroupOffloadSettings(enable_group_offload=True))
+    assert plugin.offload(run=SimpleNamespace(sketch=object()), phase=None) is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "bytes_at_once"),
+    [
+        ({}, 9),
+        ({"group_offload_use_stream": True}, 16),
+        ({"group_offload_blocks_per_group": 2}, 12),
+    ],
+)
+def test_what_is_there_at_once_is_told_to_a_plan(keys: dict[str, Any], bytes_at_once: int):
+    plugin = GroupOffload(GroupOffloadSettings(enable_group_offload=True, **keys))
+    assert plugin.resident_bytes([5, 7, 9, 2]) == bytes_at_once

@@ -86,7 +86,9 @@ class Group:
 
     def fetch(self) -> None:
         """Start to copy the weights to the device; :meth:`wait` before they are used."""
-        homes = self._homes if self.file is None else _read(self.file, self.transfers)
+        homes = self._homes
+        if self.file is not None:
+            homes = [self.transfers.home(leaf) for leaf in _read(self.file)]
         self._copies, self._ticket = self.transfers.fetch(homes)
         self._here = True
         self._put(self._copies)
@@ -103,6 +105,16 @@ class Group:
         self._put(self._homes, away=True)
         self.transfers.drop(self._copies)
         self._copies, self._index, self._here = [], {}, False
+
+    def lay_open(self) -> None:
+        """Put the weights in their places as they lie at home, for who reads them outside of a pass."""
+        if not self._here:
+            self._put(self._homes if self.file is None else _read(self.file))
+
+    def close(self) -> None:
+        """Undo :meth:`lay_open`."""
+        if not self._here:
+            self._put(self._homes, away=True)
 
     def _put(self, made: Sequence[Tensor], *, away: bool = False) -> None:
         rest = [self.transfers.away(leaf) if away else leaf for leaf in made]
@@ -127,8 +139,8 @@ def _write(path: Path, tensors: Sequence[Tensor]) -> None:
     write_tensors(path, {f"{i:05}": leaf for i, leaf in enumerate(tensors)})
 
 
-def _read(path: Path, transfers: Transfers) -> list[Tensor]:
+def _read(path: Path) -> list[Tensor]:
     from trainer_core.files import read_tensors
 
     found = read_tensors(path)
-    return [transfers.home(found[name]) for name in sorted(found)]
+    return [found[name] for name in sorted(found)]

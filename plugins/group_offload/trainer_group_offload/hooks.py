@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +40,7 @@ class GroupOffload:
 
     def __init__(self, settings: GroupOffloadSettings) -> None:
         self.settings = settings
+        self._moving: list[Group] = []
 
     def check(self, run: Run) -> None:
         """Refuse what cannot be moved; let the model leave its blocks on the host."""
@@ -71,15 +73,44 @@ class GroupOffload:
 
         return CudaTransfers(run.device, stream=self.settings.group_offload_use_stream)
 
+    def resident_bytes(self, blocks: Sequence[int]) -> int:
+        """Return what of blocks of so many bytes is on the accelerator at once, for ``trainer plan``.
+
+        Layer by layer: at the most a third of a block, about the size of its largest layer.
+        """
+        if self.settings.group_offload_type == "leaf_level":
+            return max(blocks) // 3
+        size = self.settings.group_offload_blocks_per_group
+        groups = [sum(blocks[i : i + size]) for i in range(0, len(blocks), size)]
+        at_once = 2 if self.settings.group_offload_use_stream else 1
+        return sum(sorted(groups)[-at_once:])
+
     @hookimpl
-    def offload(self, run: Run, phase: Phase | None) -> Sequence[Residency] | None:
-        """Return a residency for each role, at set-up; its blocks are at home from then on."""
-        if phase is not None or not self.acts(run):
-            return None
+    def offload(
+        self, run: Run, phase: Phase | None
+    ) -> Sequence[Residency] | AbstractContextManager[None] | None:
+        """Return a residency for each role, at set-up; its blocks are at home from then on.
+
+        While something is saved they can be read there: what an adapter does may depend on them.
+        """
+        if phase == "save" and self.acts(run):
+            return self._open()
+        if phase is not None or run.sketch is not None or not self.acts(run):
+            return None  # a plan takes off what resident_bytes tells
         assert isinstance(run.model, Blocks)  # the plugin requires it
         return [
             self._residency(run, role, stack.blocks) for role, stack in run.model.stacks().items()
         ]
+
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        for group in self._moving:
+            group.lay_open()
+        try:
+            yield
+        finally:
+            for group in self._moving:
+                group.close()
 
     def _residency(self, run: Run, role: str, blocks: nn.ModuleList) -> Residency:
         from trainer_group_offload.residency import BlockResidency, LeafResidency
@@ -112,16 +143,19 @@ class GroupOffload:
         for number, part in enumerate(parts):
             slots = frozen(part.modules())
             groups.append(Group(slots, transfers, file=self._file(role, number)))
+        self._moving += groups
         return groups
 
     def _leaves(self, run: Run, role: str, blocks: nn.ModuleList) -> list[Group]:
-        """Return a group for each layer; weights of modules that have layers stay on the device."""
+        """Return a group for each linear layer; the small weights between them stay on the device."""
+        from torch import nn
+
         from trainer_group_offload.groups import frozen
         from trainer_group_offload.tensors import mapped
 
-        layers = [m for m in blocks.modules() if not list(m.children()) and frozen([m])]
-        groups = self._groups(run, role, layers)
-        for slot in frozen(m for m in blocks.modules() if m not in layers):
+        layers = [m for m in blocks.modules() if isinstance(m, nn.Linear) and frozen([m])]
+        groups, moved = self._groups(run, role, layers), set(layers)
+        for slot in frozen(m for m in blocks.modules() if m not in moved):
             slot.put(mapped(slot.weight, lambda leaf: leaf.to(run.device)))
         return groups
 

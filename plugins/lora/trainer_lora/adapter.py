@@ -104,10 +104,14 @@ def weights(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def frozen(layer: Any) -> Tensor:
-    """Return W (out, in) of a layer with an adapter, as its products use it."""
+    """Return W (out, in) of a layer with an adapter, as its products use it, where the adapter lies.
+
+    W itself may lie in host memory for now.
+    """
     from peft.utils.integrations import dequantize_module_weight
 
-    return plain(dequantize_module_weight(layer.base_layer))
+    weight = plain(dequantize_module_weight(layer.base_layer))
+    return weight.to(layer.lora_A[ADAPTER].weight.device)
 
 
 def change(layer: Any) -> Tensor:

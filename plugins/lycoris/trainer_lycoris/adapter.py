@@ -191,8 +191,12 @@ def alpha(layer: Adapted) -> float | None:
 
 
 def frozen(layer: Adapted) -> Tensor:
-    """Return W (out, in) of a layer with an adapter, as its products use it."""
-    return plain(layer.base_layer.weight)
+    """Return W (out, in) of a layer with an adapter, as its products use it, where the adapter lies.
+
+    W itself may lie in host memory for now.
+    """
+    weight = plain(layer.base_layer.weight)
+    return weight.to(next(iter(parameters(layer).values())).device)
 
 
 def exact_change(layer: Adapted) -> Tensor:

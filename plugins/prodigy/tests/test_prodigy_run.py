@@ -13,6 +13,7 @@ from torch import nn
 from trainer_core import ConfigError, LossTerm, ParameterGroup, PluginInfo, hookimpl
 from trainer_core.testing.harness import attempt, train
 from trainer_prodigy import Prodigy
+from trainer_prodigy.hooks import NUM_STATES
 
 pytest.importorskip("prodigyopt")
 KEYS = {"optimizer": "prodigy", "learning_rate": 1.0}
@@ -70,3 +71,14 @@ def test_another_learning_rate_beside_it_is_refused_with_its_name(tmp_path: Path
     assert isinstance(done.error, ConfigError), done.error
     assert "own" in str(done.error)
     assert "brings a learning rate" in str(done.error)
+
+
+def test_the_planner_gets_the_sizes_of_the_real_state():
+    from prodigyopt import Prodigy as Implementation
+
+    weight = nn.Parameter(torch.ones(5, 3))
+    optimizer = Implementation([weight])
+    weight.square().sum().backward()
+    optimizer.step()
+    state = [v for v in optimizer.state[weight].values() if isinstance(v, torch.Tensor)]
+    assert [value.numel() for value in state] == [weight.numel()] * NUM_STATES

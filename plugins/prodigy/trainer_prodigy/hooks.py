@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 NAME = "prodigy"
 DEFAULTS = {"weight_decay": 1e-2, "use_bias_correction": True, "safeguard_warmup": True}
 SMALL_RATE = 0.1
+NUM_STATES = 4
+"""Tensors of a weight's size that Prodigy keeps for it: both moments, a start and a sum."""
 
 
 class Prodigy:
@@ -59,6 +61,13 @@ class Prodigy:
                 raise ConfigError(
                     [Problem("optimizer", text, NAME, way_out="Write adamw instead.")]
                 )
+        if run.sketch is not None:
+            from trainer_core.planner.sketch import Moments
+
+            return Moments(
+                param_groups(run.settings, groups),
+                lambda p: [(tuple(p.shape), p.dtype)] * NUM_STATES,
+            )
         return self._build(run, param_groups(run.settings, groups))
 
     def _build(self, run: Run, groups: Sequence[dict[str, Any]]) -> Optimizer:

@@ -143,3 +143,15 @@ def test_drift_is_relative():
     on_path = torch.full((2, 3, 4), 2.0)
     moved = on_path * torch.tensor([1.0, 1.1]).view(2, 1, 1)
     torch.testing.assert_close(rollout.drift(moved, on_path), torch.tensor([0.0, 0.1]))
+
+
+def test_no_source_lies_above_what_an_expert_knows():
+    grid = torch.linspace(1, 0, 11)
+    sigma, counts = torch.tensor([0.85, 0.65, 0.35, 0.2]), torch.full((4,), 3)
+    levels = rollout.paths(sigma, counts, grid, highest=0.875)
+    assert torch.allclose(levels[0], torch.tensor([0.85, 0.85, 0.65, 0.5]))
+    assert float(levels.max()) <= 0.875
+    assert torch.equal(levels[-1], sigma)
+    free = rollout.paths(sigma, counts, grid)
+    assert torch.equal(free, rollout.paths(sigma, counts, grid, highest=1.0))
+    assert float(free.max()) > 0.875

@@ -11,6 +11,7 @@ import torch
 
 from trainer_core import CheckpointError, ConfigError, ModelInputs, Moment, PluginInfo, hookimpl
 from trainer_core.testing.harness import Finished, Interrupted, attempt, train
+from trainer_core.types import Expert, ModelSpec
 from trainer_scheduled_sampling import ScheduledSampling
 from trainer_scheduled_sampling.config import ScheduledSamplingSettings
 
@@ -234,6 +235,7 @@ def test_all_ranks_take_the_same_number_of_steps(make_run):
     for rank in range(3):
         current = make_run(rank=rank)
         current.world_size = 3
+        current.spec = ModelSpec("m", 16, 4, 16, (4, 16, 16), (Expert("transformer"),))
         found = []
         for step in range(1, 40):
             zeros = torch.zeros(2, 1, 1, 1, 1)

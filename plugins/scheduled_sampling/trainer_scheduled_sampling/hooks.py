@@ -182,7 +182,10 @@ class ScheduledSampling:
         if steps is None and not int(counts.max()):  # nothing to roll out, and sigma is not needed
             return inputs.sigma[None]
         sigma = inputs.sigma.cpu()  # host sync, once a micro-batch that is rolled out
-        return paths(sigma, counts, self._grid, steps=steps)
+        experts = {expert.role: expert for expert in run.spec.experts}
+        # above its range a low-noise expert has learned nothing
+        highest = experts[inputs.role].sigma_max
+        return paths(sigma, counts, self._grid, steps=steps, highest=highest)
 
     def _roll(self, run: Run, inputs: ModelInputs, levels: Tensor) -> Rolled:
         import torch

@@ -63,15 +63,19 @@ def at(places: Tensor, grid: Tensor) -> Tensor:
     return points[left] + (points[left + 1] - points[left]) * (places - left)
 
 
-def paths(sigma: Tensor, counts: Tensor, grid: Tensor, *, steps: int | None = None) -> Tensor:
+def paths(
+    sigma: Tensor, counts: Tensor, grid: Tensor, *, steps: int | None = None, highest: float = 1.0
+) -> Tensor:
     """Return the levels (J + 1, B) float32 from each sample's source down to its own sigma, the last row.
 
     sigma: (B,), the target. counts: (B,) wanted steps; a sample near the noisy end has fewer, since its
-    source must lie on the grid. Steps are those of the grid, moved so that they end at sigma exactly.
-    steps: J; by default the most that a sample takes.
+    source must lie on the grid and not above ``highest``, the noisiest level that the network knows.
+    Steps are those of the grid, moved so that they end at sigma exactly. steps: J; by default the most
+    that a sample takes.
     """
     where = place(sigma, grid)
-    counts = torch.minimum(counts, where.floor().long())
+    room = (where - place(torch.tensor([highest]), grid)).clamp(min=0)
+    counts = torch.minimum(counts, room.floor().long())
     rows = int(counts.max()) if steps is None else steps
     left = torch.arange(rows, -1, -1).unsqueeze(1)  # steps still to go, (J + 1, 1)
     levels = at(where - torch.minimum(left, counts), grid).float()

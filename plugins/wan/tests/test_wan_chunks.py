@@ -70,3 +70,8 @@ def test_blocks_get_the_chunks_that_the_keys_ask_for(make_run, make_inputs, monk
     for size in (10, 4):
         for found, expected in zip(outcomes[size][1:3], outcomes[None][1:3], strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=2e-6 * expected.abs().max())
+
+
+def test_chunks_of_compiled_blocks_are_refused(make_run):
+    with pytest.raises(ConfigError, match=r"compile_blocks = True.*enable_chunked_feed_forward"):
+        Wan(settings()).check(make_run(compile_blocks=True))

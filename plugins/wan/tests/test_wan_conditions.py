@@ -359,3 +359,20 @@ def test_without_an_image_samples_begin_from_a_clip_of_the_data(make_world):
     (artifact,) = plugin.validate(run)
     assert artifact.frames.shape == (5, 32, 32, 3)
     assert any("samples begin from a clip of the data" in line for line in run.said)
+
+
+def test_an_image_of_another_shape_covers_the_sample_and_a_broken_one_is_named(tmp_path):
+    from trainer_core.errors import ConfigError
+    from trainer_wan.validation import _fitted, _opened
+
+    wide = Image.new("RGB", (200, 40), (10, 200, 30))
+    wide.paste((250, 0, 0), (0, 0, 40, 40))  # cut off: only the middle is kept
+    wide.save(tmp_path / "wide.png")
+    pixels = _fitted(_opened(str(tmp_path / "wide.png"), 0), (WIDTH, HEIGHT))
+    assert pixels.shape == (3, HEIGHT, WIDTH)
+    assert pixels.float().mean((1, 2)).tolist() == [10, 200, 30]
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(
+        ConfigError, match=r"wan_validation_last_image = '.*text\.png': cannot be read"
+    ):
+        _opened(str(tmp_path / "text.png"), -1)

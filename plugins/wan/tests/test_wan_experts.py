@@ -206,6 +206,20 @@ def test_keys_without_effect_are_refused(make_run, flavour, keys, says):
         plugin_of(**keys).describe_model(run)
 
 
+@pytest.mark.parametrize("why", ["trains all weights", "moves the blocks one by one"])
+def test_one_expert_at_a_time_needs_weights_that_nobody_else_holds(make_run, why):
+    from dataclasses import replace
+
+    run = make_run(
+        model_flavour=f"{T2V}-both", model_type="full" if "trains" in why else "lora",
+        pretrained_model_name_or_path=None,
+    )  # fmt: skip
+    if "moves" in why:
+        run.placement = replace(run.placement, blocks=torch.device("cpu"))
+    with pytest.raises(ConfigError, match=rf"wan_one_expert_resident.*{why}"):
+        plugin_of(wan_one_expert_resident=True).describe_model(run)
+
+
 def test_every_staged_flavour_has_a_boundary():
     for flavour in FLAVOURS.values():
         assert (flavour.boundary is None) == (flavour.stage is None)

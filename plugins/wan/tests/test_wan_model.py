@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from trainer_core.capabilities import Blocks, Model, TokenGrid
 from trainer_core.errors import CheckpointError, DataError, ModelError
-from trainer_core.types import EncoderSample, LoadedEncoder
+from trainer_core.types import EncoderSample, LoadedEncoder, Placement
 from trainer_wan import Wan
 
 
@@ -303,3 +303,15 @@ def test_the_end_of_a_full_run_is_a_pipeline_that_diffusers_loads(make_run, tmp_
         "a red circle", height=32, width=32, num_frames=5, num_inference_steps=1
     ).frames
     assert frames.shape == (1, 5, 32, 32, 3)
+
+
+def test_blocks_may_be_left_on_the_host(make_run):
+    """Whoever moves them says where they lie until then; all the rest goes to the device."""
+    plugin, run = Wan(), make_run()
+    run.spec = plugin.describe_model(run)
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    run.placement = Placement(meta, torch.float32, torch.float32, blocks=cpu)
+    weights = plugin.load_model(run).modules["transformer"].named_parameters()
+    where = {name: parameter.device.type for name, parameter in weights}
+    assert {device for name, device in where.items() if name.startswith("blocks.")} == {"cpu"}
+    assert {device for name, device in where.items() if not name.startswith("blocks.")} == {"meta"}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from trainer_wan.fused import (
     LOW,
+    Turn,
     exact,
     gated_add,
     head_norm,
@@ -164,7 +165,7 @@ def _attend(
     *,
     text: Tensor | None = None,
     rope: tuple[Tensor, Tensor] | None = None,
-    turn: Tensor | None = None,
+    turn: Turn | None = None,
 ) -> Tensor:
     """Return what ``WanAttention`` does with x (B, N, D); the context is x itself without ``text``."""
     ours = "forward" not in vars(attention) and type(attention.processor) is WanAttnProcessor
@@ -189,7 +190,7 @@ def _attend(
     return attention.to_out[1](attention.to_out[0](out))  # type: ignore[no-any-return] # a module's
 
 
-def _heads(norm: Any, x: Tensor, heads: int, turn: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _heads(norm: Any, x: Tensor, heads: int, turn: Turn | None, dtype: torch.dtype) -> Tensor:
     """Return x (B, N, H * d) as heads (B, N, H, d), normed over all of them and then turned."""
     if _plain(norm, nn.RMSNorm):
         return head_norm(x, norm.weight, eps=norm.eps, heads=heads, turn=turn, dtype=dtype)

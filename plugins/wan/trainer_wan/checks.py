@@ -94,8 +94,13 @@ def check_vae(flavour: Flavour, config: Mapping[str, Any], weights: Weights) -> 
     )
 
 
-def check_keys(flavour: Flavour, settings: WanSettings, *, model_type: str) -> None:
-    """Raise ConfigError for keys that would have no effect with the flavour; all at once."""
+def check_keys(
+    flavour: Flavour, settings: WanSettings, *, model_type: str, blocks_move: bool = False
+) -> None:
+    """Raise ConfigError for keys that would have no effect with the flavour; all at once.
+
+    blocks_move: a plugin of the run moves the blocks of the model between memories.
+    """
     problems = []
 
     def no_effect(key: str, why: str) -> None:
@@ -111,6 +116,8 @@ def check_keys(flavour: Flavour, settings: WanSettings, *, model_type: str) -> N
         no_effect(
             "wan_one_expert_resident", "model_type full trains all weights, which have to stay"
         )
+    if settings.wan_one_expert_resident and blocks_move:
+        no_effect("wan_one_expert_resident", "a plugin of the run moves the blocks one by one")
     two = flavour.stage == "both" or settings.wan_validation_load_other_stage
     if settings.wan_one_expert_resident and not two:
         no_effect("wan_one_expert_resident", "one expert is loaded as it is")

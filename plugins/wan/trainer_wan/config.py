@@ -111,6 +111,17 @@ class WanSettings(PluginSettings):
         ge=1,
     )
 
+    vae_enable_tiling: bool = key(
+        False,
+        "Let the VAE work in overlapping tiles of 256 pixels: less memory, slightly other latents and "
+        "samples where a clip is larger.",
+    )
+    vae_enable_slicing: bool = key(
+        False,
+        "Let the VAE encode the clips of a batch one after another; acts with vae_batch_size above 1.",
+        free=True,
+    )
+
     @model_validator(mode="after")
     def _chunks(self) -> WanSettings:
         if self.feed_forward_chunk_size is not None and not self.enable_chunked_feed_forward:

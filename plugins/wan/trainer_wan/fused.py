@@ -56,6 +56,8 @@ def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float) -> Te
     is the weight of a layer norm, so that norm and modulation are one pass over each sample.
     """
     with exact(x):
+        if scale.ndim == 2 and torch.compiler.is_compiling():  # it is fused then, whatever its form
+            scale, shift = scale.unsqueeze(1), shift.unsqueeze(1)
         if scale.ndim == 3:
             wide = F.layer_norm(x.to(scale.dtype), (x.shape[-1],), eps=eps)
             return torch.addcmul(shift, wide, scale).to(x.dtype)
@@ -108,45 +110,48 @@ def _summed_to(full: Tensor, shape: torch.Size) -> Tensor:
     return full.sum(over, keepdim=True) if over else full
 
 
-def turns(cos: Tensor, sin: Tensor) -> Tensor:
-    """Return (..., d / 2) complex: the turn of each pair of channels, from diffusers' tables.
-
-    cos, sin: (1 or B, N, 1, d), each value twice in a row.
-    """
-    wide = torch.float32 if cos.dtype in LOW else cos.dtype
-    return torch.complex(cos[..., 0::2].to(wide), sin[..., 1::2].to(wide))
+Turn = tuple[Tensor, Tensor]
+"""Cosine and sine of each pair of channels' turn, (1 or B, N, 1, d / 2)."""
 
 
-def rotate(x: Tensor, turn: Tensor, *, dtype: torch.dtype) -> Tensor:
+def turns(cos: Tensor, sin: Tensor) -> Turn:
+    """Return views of diffusers' tables (1 or B, N, 1, d), in which each value stands twice in a row."""
+    return cos[..., 0::2], sin[..., 1::2]
+
+
+def _product(turn: Turn) -> Tensor:
+    """Return the turns as complex numbers, so that a turn is one product; made where it is used."""
+    cos, sin = (t.float() if t.dtype in LOW else t for t in turn)
+    return torch.complex(cos, sin)
+
+
+def rotate(x: Tensor, turn: Turn, *, dtype: torch.dtype) -> Tensor:
     """Return x with each pair of neighbouring channels turned (RoPE), as ``dtype``.
 
-    x: (B, N, H, d). turn: (1 or B, N, 1, d / 2) complex, from :func:`turns`. Keeps nothing but ``turn``
-    for the backward, which turns back.
+    x: (B, N, H, d). Keeps nothing but ``turn`` for the backward, which turns back. Compilers fuse real
+    numbers only, and get those.
     """
-    if torch.compiler.is_compiling():  # complex numbers are not fused, real ones are
-        return _rotate_real(x, turn).to(dtype)
-    out: Tensor = _Rotate.apply(x, turn, dtype)  # type: ignore[no-untyped-call] # torch's own
+    if torch.compiler.is_compiling():
+        cos, sin = (t.float() if t.dtype in LOW else t for t in turn)
+        x1, x2 = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos), -1)
+        return turned.flatten(-2).to(dtype)
+    out: Tensor = _Rotate.apply(x, *turn, dtype)  # type: ignore[no-untyped-call] # torch's own
     return out
-
-
-def _rotate_real(x: Tensor, turn: Tensor) -> Tensor:
-    cos, sin = turn.real, turn.imag
-    x1, x2 = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos), -1).flatten(-2)
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, turn: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(turn)
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(cos, sin)
         ctx.dtype = x.dtype
-        return _turned(x, turn, dtype)
+        return _turned(x, _product((cos, sin)), dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (turn,) = ctx.saved_tensors
-        return _turned(grad, turn.conj(), ctx.dtype), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        back = _product(ctx.saved_tensors).conj()
+        return _turned(grad, back, ctx.dtype), None, None, None
 
 
 def _turned(x: Tensor, turn: Tensor, dtype: torch.dtype) -> Tensor:
@@ -160,7 +165,7 @@ def _turned(x: Tensor, turn: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def head_norm(
-    x: Tensor, weight: Tensor, *, eps: float, heads: int, turn: Tensor | None, dtype: torch.dtype
+    x: Tensor, weight: Tensor, *, eps: float, heads: int, turn: Turn | None, dtype: torch.dtype
 ) -> Tensor:
     """Return heads (B, N, H, d) of x after an RMS norm over all of them, turned where ``turn`` is given.
 
@@ -171,7 +176,8 @@ def head_norm(
             normed = F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
         normed = normed.unflatten(-1, (heads, -1))
         return normed.to(dtype) if turn is None else rotate(normed, turn, dtype=dtype)
-    out: Tensor = _HeadNorm.apply(x, weight, turn, eps, heads, dtype)  # type: ignore[no-untyped-call]
+    cos, sin = turn or (None, None)
+    out: Tensor = _HeadNorm.apply(x, weight, cos, sin, eps, heads, dtype)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -180,8 +186,8 @@ class _HeadNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, turn: Tensor | None, eps: float, heads: int,
-        dtype: torch.dtype,
+        ctx: Any, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float,
+        heads: int, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         with exact(x):
             wide = torch.float32 if x.dtype in LOW else x.dtype
@@ -189,21 +195,21 @@ class _HeadNorm(torch.autograd.Function):
             length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
             rms = torch.addcmul(length.new_full((), eps), length, length, value=1 / x.shape[-1])
             scale = rms.rsqrt_()  # (B, N, 1)
-            ctx.save_for_backward(x, weight, turn, scale)
+            ctx.save_for_backward(x, weight, cos, sin, scale)
             out = (x * weight).unflatten(-1, (heads, -1))  # (B, N, H, d)
-            if turn is None:
+            if cos is None or sin is None:
                 out = out.mul_(scale.unsqueeze(-1))
             else:
-                _pairs(out).mul_(turn * scale.unsqueeze(-1))
+                _pairs(out).mul_(_product((cos, sin)) * scale.unsqueeze(-1))
             return out.to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, turn, scale = ctx.saved_tensors
+        x, weight, cos, sin, scale = ctx.saved_tensors
         with exact(grad):
-            if turn is not None:
-                grad = _turned(grad, turn.conj(), scale.dtype)
+            if cos is not None:
+                grad = _turned(grad, _product((cos, sin)).conj(), scale.dtype)
             grad = grad.flatten(2)  # of x * weight * scale
             of_weight = None
             if ctx.needs_input_grad[1]:
@@ -211,7 +217,7 @@ class _HeadNorm(torch.autograd.Function):
             of_x = grad * weight
             along = (of_x * x).sum(-1, keepdim=True) * scale**3 / x.shape[-1]  # (B, N, 1)
             of_x = of_x.mul_(scale).addcmul_(x, along, value=-1).to(x.dtype)
-        return of_x, of_weight, None, None, None, None
+        return of_x, of_weight, None, None, None, None, None
 
 
 def _pairs(heads: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer_core.capabilities import Blocks, CountedBlocks, NativeNames, SamplingGrid, TokenGrid
+from trainer_core.errors import ConfigError, Problem
 from trainer_core.files import digest_json, replace_folder
 from trainer_core.hookspecs import hookimpl
 from trainer_core.run import IMAGE_EMBEDS_OF
@@ -62,7 +63,12 @@ class Wan:
     def describe_model(self, run: Run) -> ModelSpec:
         """Return the flavour's facts; a folder's or known repository's weights are checked here."""
         flavour = choose(run.settings.model_flavour)
-        check_keys(flavour, self.settings, model_type=run.settings.model_type)
+        check_keys(
+            flavour,
+            self.settings,
+            model_type=run.settings.model_type,
+            blocks_move=run.placement.blocks is not None,
+        )
         weights = self._locate(run)
         check_names(flavour, weights)
         boundary = num_blocks = None
@@ -83,8 +89,19 @@ class Wan:
 
     def check(self, run: Run) -> None:
         """Refuse what cannot be computed here; say what is computed otherwise than asked."""
-        _, said = chunk_of(self.settings)
-        for sentence in (said, attention.check(self.settings.attention_mechanism)):
+        chunk, said = chunk_of(self.settings)
+        if chunk and run.settings.compile_blocks:
+            problem = Problem(
+                "compile_blocks",
+                "a compiled block is one piece, and the feed-forward is to be computed in chunks.",
+                value=True,
+                way_out="Remove compile_blocks or enable_chunked_feed_forward.",
+            )
+            raise ConfigError([problem])
+        slicing = None
+        if self.settings.vae_enable_slicing and run.settings.vae_batch_size == 1:
+            slicing = "vae_enable_slicing has no effect: it acts with vae_batch_size above 1 only"
+        for sentence in (said, slicing, attention.check(self.settings.attention_mechanism)):
             if sentence is not None:
                 run.say_once(sentence)
 
@@ -172,7 +189,8 @@ class Wan:
     def attach(self, run: Run) -> None:
         """Lay one of two experts to rest, now that adapters are in; say what images teach."""
         model: Any = run.model
-        if self.settings.wan_one_expert_resident and len(model.modules) > 1:
+        rests = self.settings.wan_one_expert_resident and len(model.modules) > 1
+        if rests and run.sketch is None:
             from trainer_wan.resting import Resting
 
             networks = {role: model.bare(role) for role in model.modules}
@@ -270,6 +288,7 @@ class Wan:
             "config": digest_json(vae.facts(weights.config("vae"))),
             "posterior": "mode",
             "dtype": "float32",
+            **({"tiling": True} if self.settings.vae_enable_tiling else {}),
         }
 
     def _sketch_model(self, run: Run) -> WanModel:
@@ -280,7 +299,6 @@ class Wan:
             run,
             flavour,
             self._told(run, flavour),
-            draw_given=partial(self._draw_given, run),
             one_time=self.settings.wan_force_2_1_time_embedding,
         )
 
@@ -298,7 +316,12 @@ class Wan:
     def _load_vae(self, run: Run) -> Any:
         from trainer_wan import vae
 
-        return vae.load(self._fitting(run).component("vae"), device=run.device)
+        return vae.load(
+            self._fitting(run).component("vae"),
+            device=run.device,
+            tiling=self.settings.vae_enable_tiling,
+            slicing=self.settings.vae_enable_slicing,
+        )
 
 
 def _place(run: Run) -> dict[str, Any]:

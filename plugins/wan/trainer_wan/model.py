@@ -199,5 +199,5 @@ def _place(transformer: nn.Module, device: torch.device, *, blocks: torch.device
         return
     for name, child in transformer.named_children():
         child.to(blocks if name == "blocks" else device)
-    for parameter in transformer.parameters(recurse=False):
-        parameter.data = parameter.data.to(device)
+    for name, parameter in list(transformer.named_parameters(recurse=False)):
+        setattr(transformer, name, nn.Parameter(parameter.detach().to(device)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +12,9 @@ from trainer_wan.model import WanModel, network_of
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
-    from torch import Tensor
 
     from trainer_core.planner.sketch import Sketch
     from trainer_core.run import Run
-    from trainer_core.types import Moment
     from trainer_wan.weights import Weights
 
 VAE_16: Mapping[str, Any] = {}
@@ -56,10 +54,13 @@ def model(
     flavour: Flavour,
     weights: Weights | None,
     *,
-    draw_given: Callable[[Moment, int], Tensor],
     one_time: bool = False,
 ) -> WanModel:
-    """Return the model that ``load_model`` gives, with transformers that have no contents."""
+    """Return the model that ``load_model`` gives, with transformers that have no contents.
+
+    Which clips have a frame given is a draw, and draws have no contents either: all have it, the dearer
+    case.
+    """
     from diffusers import WanTransformer3DModel
 
     assert run.sketch is not None
@@ -80,7 +81,7 @@ def model(
             one_time=one_time,
         )
     scheduler = config_of("scheduler", flavour, weights)
-    return WanModel(run.spec, networks, scheduler=scheduler, draw_given=draw_given)
+    return WanModel(run.spec, networks, scheduler=scheduler)
 
 
 def vae(sketch: Sketch, flavour: Flavour, weights: Weights | None) -> AutoencoderKLWan:

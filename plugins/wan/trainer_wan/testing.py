@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer_core.noise import quiet_libraries
 from trainer_wan.flavours import DEFAULT, FLAVOURS, Flavour, choose
 from trainer_wan.tiny import commands as commands_of_tiny
 
@@ -214,6 +215,7 @@ def _tokenizer() -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
+    quiet_libraries()
     parser = argparse.ArgumentParser(prog="python -m trainer_wan.testing")
     commands = parser.add_subparsers(dest="command", required=True)
     checkpoint = commands.add_parser("checkpoint", help="write a tiny random model")

@@ -15,10 +15,18 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
 
-def load(folder: Path, *, device: torch.device, decoder_only: bool = False) -> AutoencoderKLWan:
+def load(
+    folder: Path,
+    *,
+    device: torch.device,
+    decoder_only: bool = False,
+    tiling: bool = False,
+    slicing: bool = False,
+) -> AutoencoderKLWan:
     """Return the VAE of a folder, frozen, in float32.
 
-    decoder_only: without the layers that only encoding needs, which are never on the device.
+    decoder_only: without the layers that only encoding needs, which are never on the device. tiling:
+    clips above 256 pixels go through it in overlapping tiles, blended. slicing: one clip at a time.
     """
     from diffusers import AutoencoderKLWan
 
@@ -26,6 +34,10 @@ def load(folder: Path, *, device: torch.device, decoder_only: bool = False) -> A
         vae = AutoencoderKLWan.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
+    if tiling:
+        vae.enable_tiling()
+    if slicing:
+        vae.enable_slicing()
     if decoder_only:
         vae.encoder = vae.quant_conv = None
     return vae.to(device).eval().requires_grad_(False)

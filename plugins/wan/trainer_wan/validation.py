@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer_core.errors import ConfigError, Problem
-from trainer_core.run import DROP_VAE_ENCODER
+from trainer_core.run import DROP_VAE_ENCODER, MODEL_ASIDE
 from trainer_core.types import Artifact
 from trainer_wan import attention, vae
 from trainer_wan.experts import other
@@ -59,20 +60,22 @@ def render(
             boundary=_boundary(run),
             given=given,
         )
-    decoder = vae.load(
-        weights.component("vae"),
-        device=run.device,
-        decoder_only=run.state.get(DROP_VAE_ENCODER, False),
-    )
-    return [
-        Artifact(
-            name=prompt.name,
-            frames=vae.decode(decoder, latents).numpy(),
-            fps=run.spec.fps,
-            caption=prompt.text,
+    with run.state.get(MODEL_ASIDE, nullcontext)():
+        decoder = vae.load(
+            weights.component("vae"),
+            device=run.device,
+            decoder_only=run.state.get(DROP_VAE_ENCODER, False),
+            tiling=settings.vae_enable_tiling,
         )
-        for prompt, latents in zip(run.prompts, clips, strict=True)
-    ]
+        return [
+            Artifact(
+                name=prompt.name,
+                frames=vae.decode(decoder, latents).numpy(),
+                fps=run.spec.fps,
+                caption=prompt.text,
+            )
+            for prompt, latents in zip(run.prompts, clips, strict=True)
+        ]
 
 
 def _boundary(run: Run) -> float | None:
@@ -92,7 +95,8 @@ def _networks(
         role = other(flavour.roles[0])
         files = weights.transformer(role, own=False)
         transformer, _ = load_transformer(files, dtype=run.placement.dtype)
-        networks[role] = network_of(transformer, placement=run.placement)
+        # nobody moves the blocks of a network that is here for a moment
+        networks[role] = network_of(transformer, placement=replace(run.placement, blocks=None))
     resting = None
     if settings.wan_one_expert_resident and len(flavour.roles) == 1:
         resting = Resting(networks, device=run.device)
