@@ -123,7 +123,7 @@ def test_sage_attention_draws_samples_and_nothing_else(rendering, make_inputs, m
     assert calls["sage"] == 1 + 6  # a look at whether it computes, then two in each of three blocks
     assert backends(run) == {None}
     assert run.said == []
-    monkeypatch.setattr("trainer_wan.sampling.sample_latents", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("trainer_wan.validation.sample_latents", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         plugin.validate(run)
     assert backends(run) == {None}
