@@ -81,6 +81,18 @@ def widened(value: Tensor, *, scaled: bool) -> Tensor:
     return value.detach().to(on, torch.float64)
 
 
+def plain(weight: Tensor) -> Tensor:
+    """Return a frozen weight as its products use it: one that is stored in fewer bits, unpacked."""
+    import torch
+    from torch import nn
+
+    weight = weight.detach()
+    if type(weight) in (torch.Tensor, nn.Parameter):
+        return weight
+    unpacked: Tensor = weight.dequantize()
+    return unpacked
+
+
 def bias_change(layer: Layer) -> Tensor | None:
     """Return b' - b (out,) of a layer; None where the adapter leaves the bias alone."""
     return widened(layer["diff_b"], scaled=False) if "diff_b" in layer else None

@@ -40,7 +40,7 @@ def module_trainer(world: Path) -> Command:
 
     def call(*words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         command = [str(Path(sys.executable).with_name("trainer")), *words]
-        if words[0] in ("run", "check", "data"):
+        if words[0] in ("run", "check", "plan", "data"):
             command += ["--config", "config.json"]
         done = subprocess.run(
             command, cwd=world, env=environment(), capture_output=True, text=True, check=False

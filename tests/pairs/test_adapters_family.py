@@ -101,20 +101,32 @@ def test_both_experts_train_apart_and_leave_two_files(world: Path):
     assert again.weights() == done.weights()
 
 
-@pytest.mark.parametrize("content", [LOKR, LOHA], ids=["lokr", "loha"])
-def test_beside_weights_in_8_bits(world: Path, content: Any):
-    quanto = pytest.importorskip("trainer_quanto")
-    if find_spec("optimum") is None:
-        pytest.skip("optimum-quanto is not installed")
-    plugins = {**MODEL, "quanto": quanto.Quanto}
+IN_8_BITS: dict[str, dict[str, Any]] = {
+    "lokr": {"lora_type": "lycoris", "lycoris_config": LOKR},
+    "lokr-dora": {"lora_type": "lycoris", "lycoris_config": {**LOKR, "dora_wd": True}},
+    "loha": {"lora_type": "lycoris", "lycoris_config": LOHA},
+    "dora": {"lora_type": "standard", "lora_rank": 2, "use_dora": True},
+}
+
+
+@pytest.mark.parametrize("kind", IN_8_BITS)
+@pytest.mark.parametrize("store", ["quanto", "torchao"])
+def test_beside_weights_in_8_bits(world: Path, kind: str, store: str):
+    if find_spec({"quanto": "optimum", "torchao": "torchao"}[store]) is None:
+        pytest.skip("the library is not installed")
+    name = {"quanto": "Quanto", "torchao": "TorchAO"}[store]
+    plugins = {**MODEL, store: getattr(pytest.importorskip(f"trainer_{store}"), name)}
+    if kind == "dora":
+        plugins.pop("lycoris")
+        plugins["lora"] = pytest.importorskip("trainer_lora").Lora
     settings = {
-        **CORE, **checkpoint(world, "t2v-480p-1.3b-2.1"), "lycoris_config": content,
-        "base_model_precision": "int8-quanto",
+        **CORE, **checkpoint(world, "t2v-480p-1.3b-2.1"), **IN_8_BITS[kind],
+        "base_model_precision": f"int8-{store}",
     }  # fmt: skip
-    kind = content["algo"]
-    done = train(world, plugins=plugins, settings=settings, output=f"{kind}-int8")
+    output = f"{kind}-int8-{store}"
+    done = train(world, plugins=plugins, settings=settings, output=output)
     assert len({event["loss"] for event in done.steps}) == 4
-    again = interrupted(world, plugins=plugins, settings=settings, output=f"{kind}-int8-again")
+    again = interrupted(world, plugins=plugins, settings=settings, output=f"{output}-again")
     assert again.weights() == done.weights()
     (one,) = exported(done, plugins)
     assert one.error <= 1e-5

@@ -24,11 +24,11 @@ def lines(found: Forecast, run: Run, *, rate: float, measured: bool) -> Iterator
         yield f"  {gib(phase.num_bytes)}  {phase.name}: {parts(phase)}"
     if found.host:
         yield f"In host memory, and on the device only while they compute: {gib(found.host).strip()}."
-    seconds = found.operations / rate
+    seconds, micro = found.operations / rate, run.settings.gradient_accumulation_steps
     source = "measured here" if measured else "given"
     yield (
         f"A step of such clips: {figures(found.operations / 1e12)} TFLOP, {readable(seconds)} at "
-        f"{figures(rate / 1e12)} TFLOP/s ({source}), {figures(found.tokens / seconds)} tokens a second."
+        f"{figures(rate / 1e12)} TFLOP/s ({source}), {figures(found.tokens * micro / seconds)} tokens a second."
     )
     sizes = ", ".join(f"{name} {size / 1e6:.3g} MB" for name, size in found.cache.items())
     yield f"Cache on the disk, at most: {sizes}."

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from trainer_core.changes import widened
+from trainer_core.changes import plain, widened
 from trainer_lora.shape import Shape, match
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def frozen(layer: Any) -> Tensor:
     """
     from peft.utils.integrations import dequantize_module_weight
 
-    weight: Tensor = dequantize_module_weight(layer.base_layer).detach()
+    weight = plain(dequantize_module_weight(layer.base_layer))
     return weight.to(layer.lora_A[ADAPTER].weight.device)
 
 

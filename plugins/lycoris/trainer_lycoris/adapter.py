@@ -11,13 +11,13 @@ import contextlib
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer_core.changes import widened
+from trainer_core.changes import plain, widened
 from trainer_lycoris.options import Form
 
 CHILD = "lycoris"
@@ -144,11 +144,14 @@ def build(layer: nn.Linear, form: Form, *, seed: int) -> nn.Module:
     from lycoris.modules.lokr import LokrModule
 
     kinds: dict[str, Any] = {"lokr": LokrModule, "loha": LohaModule, "locon": LoConModule}
+    shape = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    if form.dora_wd:  # only its lengths ask for W, which may be stored in 8 bits
+        shape.weight = nn.Parameter(plain(layer.weight).float(), requires_grad=False)
     with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):
         torch.random.default_generator.manual_seed(seed)  # the library draws from no other
-        made: nn.Module = kinds[form.algo or ""](
+        made: Any = kinds[form.algo or ""](
             "",
-            layer,
+            shape,
             1.0,
             form.rank,
             form.scale_alpha,
@@ -163,7 +166,8 @@ def build(layer: nn.Linear, form: Form, *, seed: int) -> nn.Module:
             decompose_both=bool(form.decompose_both),
             unbalanced_factorization=bool(form.unbalanced_factorization),
         )
-    return made
+    made.org_module, made.org_forward = [layer], layer.forward
+    return cast(nn.Module, made)
 
 
 def adapted(module: nn.Module) -> Iterator[tuple[str, Adapted]]:
@@ -191,10 +195,8 @@ def frozen(layer: Adapted) -> Tensor:
 
     W itself may lie in host memory for now.
     """
-    weight = layer.base_layer.weight.detach()
-    plain = type(weight) in (Tensor, nn.Parameter)
-    whole: Tensor = weight if plain else weight.dequantize()
-    return whole.to(next(iter(parameters(layer).values())).device)
+    weight = plain(layer.base_layer.weight)
+    return weight.to(next(iter(parameters(layer).values())).device)
 
 
 def exact_change(layer: Adapted) -> Tensor:

@@ -206,6 +206,23 @@ def test_keys_without_effect_are_refused(make_run, flavour, keys, says):
         plugin_of(**keys).describe_model(run)
 
 
+@pytest.mark.parametrize("stage", ["high", "low"])
+def test_the_expert_that_is_not_trained_may_be_missing_unless_it_is_needed(
+    make_run, checkpoints, tmp_path, stage
+):
+    folder = shutil.copytree(checkpoints(f"{T2V}-high"), tmp_path / "one")
+    missing = "transformer_2" if stage == "high" else "transformer"
+    shutil.rmtree(folder / missing)
+    keys = {"model_flavour": f"{T2V}-{stage}", "pretrained_model_name_or_path": str(folder)}
+    loaded(Wan(), make_run(**keys))
+    for more, own, says in (
+        ({"model_type": "full"}, {}, "model_type = full needs"),
+        ({}, {"wan_validation_load_other_stage": True}, "wan_validation_load_other_stage needs"),
+    ):
+        with pytest.raises(ConfigError, match=f"holds no {missing}/, which {says}"):
+            plugin_of(**own).describe_model(make_run(**keys, **more))
+
+
 @pytest.mark.parametrize("why", ["trains all weights", "moves the blocks one by one"])
 def test_one_expert_at_a_time_needs_weights_that_nobody_else_holds(make_run, why):
     from dataclasses import replace

@@ -15,6 +15,7 @@ from trainer_core.catalogue import Catalogue
 from trainer_core.flow import Flow
 from trainer_core.optim import Optimizers
 from trainer_core.planner import rehearse
+from trainer_core.planner.auto import MARGIN, WAYS, settle
 from trainer_core.planner.fit import Remedy, ladder, needed
 from trainer_core.planner.live import LiveBytes, Operations, weights_of
 from trainer_core.planner.report import as_json, lines, verdict
@@ -181,3 +182,24 @@ def test_it_says_what_it_found(world: Path):
     fits = "\n".join(verdict(found, vram=24, rungs=[]))
     assert fits.startswith("Fits 24 GiB")
     assert "Does not fit 0.1 GiB" in "\n".join(verdict(found, vram=0.1, rungs=[]))
+
+
+def test_auto_takes_the_first_way_that_fits_and_the_last_where_none_does(world: Path):
+    def prepared(values: Mapping[str, Any]) -> tuple[Any, Any]:
+        catalogue = Catalogue.of(dict(PLUGINS))
+        resolved = resolve(keys(world, **values), environ={}, catalogue=catalogue)
+        return resolved, build(resolved, catalogue=catalogue, builtins=(Flow(), Optimizers()))
+
+    sizes = {
+        way.about: needed(f, [f.phases[-1]])
+        for way in WAYS[:4]
+        for f in [foretold(world, **way.keys)[0]]
+    }
+    order = list(sizes.values())
+    assert order[0] > order[1] > order[3]
+    chosen, sentence = settle(prepared, capacity=order[1] / (1 - MARGIN) + 1)
+    assert chosen == WAYS[1].keys
+    assert "feed-forwards are computed twice" in sentence
+    chosen, sentence = settle(prepared, capacity=1)
+    assert chosen == WAYS[3].keys, "host memory is no way out without a card"
+    assert "is the least and needs" in sentence

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from trainer_core.run import MODEL_ASIDE, State
+from trainer_core.types import Prompt
 from trainer_wan import Wan, vae
 from trainer_wan.config import WanSettings
 from trainer_wan.testing import write_checkpoint
@@ -90,15 +91,15 @@ def test_the_keys_reach_the_encoder_and_tiling_its_identity(
     assert (encoder.identity() != plain.identity()) == keys.get("vae_enable_tiling", False)
 
 
-def test_slicing_single_clips_is_told_to_have_no_effect(checkpoint: Path):
-    run = run_of(checkpoint)
-    Wan(WanSettings(vae_enable_slicing=True)).describe_model(run=run)
+def test_slicing_single_clips_is_told_to_have_no_effect(make_run):
+    run = make_run()
+    Wan(WanSettings(vae_enable_slicing=True)).check(run)
     assert run.said == [
         "vae_enable_slicing has no effect: it acts with vae_batch_size above 1 only"
     ]
 
 
-def test_decoding_happens_with_the_model_aside(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+def test_decoding_happens_with_the_model_aside(make_run, monkeypatch: pytest.MonkeyPatch):
     log: list[str] = []
 
     @contextmanager
@@ -107,13 +108,15 @@ def test_decoding_happens_with_the_model_aside(checkpoint: Path, monkeypatch: py
         yield
         log.append("back")
 
-    run = run_of(checkpoint)
+    plugin, run = Wan(WanSettings(vae_enable_tiling=True)), make_run(
+        validation_num_inference_steps=1, validation_num_video_frames=5,
+        validation_resolution="32x32", validation_guidance=1.0,
+    )  # fmt: skip
+    run.spec = plugin.describe_model(run)
+    run.model = plugin.load_model(run)
     run.state[MODEL_ASIDE] = aside
-    run.prompts = [SimpleNamespace(name="a", text="a")]
-    run.spec = SimpleNamespace(experts=[SimpleNamespace(role="transformer")], fps=16.0)
-    run.model = SimpleNamespace(bare=lambda role: None)
-    run.encoded_caption = lambda text: {"text_embeds": torch.zeros(1, 32)}
-    monkeypatch.setattr("trainer_wan.sampling.settle", lambda *_: SimpleNamespace(guidance=1.0))
+    run.prompts = (Prompt("a", "a"),)
+    run.set_captions(lambda _: {"text_embeds": torch.zeros(4, 32)})
 
     def sampled(*_: Any, **__: Any) -> list[torch.Tensor]:
         log.append("sample")
@@ -124,7 +127,7 @@ def test_decoding_happens_with_the_model_aside(checkpoint: Path, monkeypatch: py
         log.append("decode")
         return torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
 
-    monkeypatch.setattr("trainer_wan.sampling.sample_latents", sampled)
+    monkeypatch.setattr("trainer_wan.validation.sample_latents", sampled)
     monkeypatch.setattr(vae, "decode", decoded)
-    Wan(WanSettings(vae_enable_tiling=True)).validate(run=run)
+    plugin.validate(run)
     assert log == ["sample", "aside", "decode", "back"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer_core.errors import ConfigError, Problem
-from trainer_wan.flavours import FLAVOURS, Flavour, Shape, refused
+from trainer_wan.flavours import FLAVOURS, HIGH, LOW, Flavour, Shape, refused
 from trainer_wan.weights import BASE, VAE
 
 if TYPE_CHECKING:
@@ -92,6 +92,21 @@ def check_vae(flavour: Flavour, config: Mapping[str, Any], weights: Weights) -> 
             )
         ]
     )
+
+
+def check_whole(flavour: Flavour, weights: Weights, *, needed: Sequence[str]) -> None:
+    """Raise ConfigError where a pipeline folder lacks an expert that is needed beside the trained one.
+
+    needed: keys and values that ask for both, such as ``model_type = full``, whose result is a whole
+    pipeline. Said before a run that would fail at its end.
+    """
+    if not weights.is_local or not needed or flavour.stage not in ("high", "low"):
+        return
+    role = LOW if flavour.stage == "high" else HIGH
+    if not weights.base.holds(role):
+        text = f"holds no {role}/, which {needed[0]} needs beside the trained expert."
+        way_out = f"Fetch {flavour.repo} as a whole, or change that key."
+        raise ConfigError([Problem(BASE, text, value=weights.source, way_out=way_out)])
 
 
 def check_keys(

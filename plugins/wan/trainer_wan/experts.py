@@ -77,12 +77,12 @@ def check_weights_apart(flavour: Flavour, weights: Weights) -> str | None:
     """Compare a few small tensors of the experts; return what cannot be told, None if all can.
 
     Raises ConfigError where both experts of the pipeline are the same, and where weights from elsewhere
-    are the other expert's or nearer to it. Of a pipeline on the hub only what is trained is fetched, so
-    nothing is compared.
+    are the other expert's or nearer to it. Of a pipeline on the hub only what is trained is fetched, and
+    a folder may lack the expert that is not trained; then nothing is compared.
     """
     if flavour.stage is None:
         return None
-    if not weights.is_local:
+    if not weights.is_local or not all(weights.base.holds(role) for role in (HIGH, LOW)):
         return _untold(flavour, weights)
     found = {role: small_tensors(weights.transformer(role, own=False)) for role in (HIGH, LOW)}
     if _distance(found[HIGH], found[LOW]) == 0:

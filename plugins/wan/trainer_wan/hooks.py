@@ -24,7 +24,7 @@ from trainer_core.types import (
     PluginInfo,
 )
 from trainer_wan import attention
-from trainer_wan.checks import check_keys, check_repo, check_vae, check_weights
+from trainer_wan.checks import check_keys, check_repo, check_vae, check_weights, check_whole
 from trainer_wan.config import WanSettings, chunk_of
 from trainer_wan.experts import check_names, check_weights_apart
 from trainer_wan.flavours import Flavour, Shape, choose
@@ -71,6 +71,11 @@ class Wan:
         )
         weights = self._locate(run)
         check_names(flavour, weights)
+        both = {
+            "model_type = full": run.settings.model_type == "full",
+            "wan_validation_load_other_stage": self.settings.wan_validation_load_other_stage,
+        }
+        check_whole(flavour, weights, needed=[key for key, asks in both.items() if asks])
         boundary = num_blocks = None
         if self._is_known(flavour, weights):
             num_blocks = flavour.shape.num_layers

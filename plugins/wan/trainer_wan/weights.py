@@ -55,6 +55,11 @@ class Repo:
             return False
         return True
 
+    def holds(self, component: str) -> bool:
+        """Return whether a folder has the weights of a component; nothing is fetched."""
+        folder = self._folder / component
+        return self.is_local and any(folder.glob("*.safetensors"))
+
     def component(self, name: str) -> Path:
         """Return the local folder of a component with its safetensors; a ModelError without any."""
         below = f"{name}/" if name else ""

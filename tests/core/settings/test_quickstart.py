@@ -25,6 +25,7 @@ class WanKeys(PluginSettings):
     pretrained_transformer_subfolder: str | None = key(None, "Its folder.", free=True)
     pretrained_vae_model_name_or_path: str | None = key(None, "VAE.", free=True)
     lora_rank: int = key(16, "Rank.")
+    lycoris_config: str | None = key(None, "Adapters of LyCORIS.", free=True)
     attention_mechanism: str = key("diffusers", "Kernel.", free=True)
 
 
