@@ -149,10 +149,10 @@ class Rehearsal:
             if encoder.reads == "pixels":
                 pixels = torch.empty(frames, 3, height, width, dtype=torch.uint8)
             sample = EncoderSample(pixels, None if encoder.reads == "pixels" else "")
-            made = self.host.hooks.encode_batch(
-                run=self.run, encoder=LoadedEncoder(encoder, network),
-                samples=[sample] * (encoder.batch_size if pixels is not None else 1),
-            )  # fmt: skip  # HOOK first
+            loaded = LoadedEncoder(encoder, network)
+            samples = [sample] * (encoder.batch_size if pixels is not None else 1)
+            hooks = self.host.hooks
+            made = hooks.encode_batch(run=self.run, encoder=loaded, samples=samples)  # HOOK first
             if not made:
                 raise PluginError(f"no plugin encodes for {encoder.name!r}, which one declares")
             weights = num_bytes(weights_of(modules))
