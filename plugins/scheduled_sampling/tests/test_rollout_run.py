@@ -54,6 +54,7 @@ class Counter:
 
     def __init__(self, settings) -> None:
         self.forwards: list[tuple[bool, bool, bool, int]] = []
+        self.asked: list[ModelInputs] = []
 
     def attach(self, run):
         network = run.model.networks["transformer"]
@@ -61,6 +62,7 @@ class Counter:
         def look(module, arguments):
             inputs, plan = arguments
             acts = bool(plan.routes or plan.taps)
+            self.asked.append(inputs)
             self.forwards.append(
                 (torch.is_grad_enabled(), module.training, acts, len(inputs.sigma))
             )
@@ -171,6 +173,45 @@ def test_predictions_are_few_without_gradient_and_unrouted(world: Path, solver, 
         expected += [(True, True, True, 2)]
     assert done.plugin("counter").forwards == expected
     assert len(expected) > STEPS
+
+
+def test_a_rollout_begins_on_the_path_at_its_source_and_tells_the_model_its_level(world: Path):
+    done = run(
+        world,
+        keys={**ON, "scheduled_sampling_probability": 1.0},
+        plugins={"scheduled_sampling": Watched, "counter": Counter},
+        output="path",
+    )
+    plugin, asked = done.plugin("scheduled_sampling"), iter(done.plugin("counter").asked)
+    steps = 0
+    for (before, after), levels in zip(plugin.seen, plugin.levels_seen, strict=True):
+        for number, level in enumerate(levels[:-1]):
+            inside = next(asked)
+            assert not inside.training
+            assert torch.equal(inside.sigma, level)
+            assert torch.equal(inside.t, 1000 * level)
+            s = level.view(-1, 1, 1, 1, 1)
+            on_path = (1 - s) * before.x0 + s * before.eps
+            if number == 0:
+                assert torch.equal(inside.x_t, on_path)
+            steps += 1
+        trained = next(asked)
+        assert trained.training
+        assert torch.equal(trained.x_t, after.x_t)
+        assert torch.equal(trained.t, before.t)
+    assert steps >= STEPS
+    assert plugin._rolled is None, "nothing is kept for longer than its step"
+
+
+def test_each_micro_step_and_rank_draws_its_own_plan(make_run):
+    current = make_run(train_batch_size=64)
+    plugin = ScheduledSampling(ScheduledSamplingSettings(**ON))
+    moments = [Moment(1), Moment(1, micro=1), Moment(1, rank=1), Moment(2)]
+    found = [plugin.counts(current, 64, moment) for moment in moments]
+    again = [plugin.counts(current, 64, moment) for moment in moments]
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    for number, one in enumerate(found):
+        assert not any(torch.equal(one, other) for other in found[number + 1 :])
 
 
 def test_evaluation_never_rolls_anything_out(world: Path):
