@@ -373,6 +373,6 @@ def test_an_image_of_another_shape_covers_the_sample_and_a_broken_one_is_named(t
     assert pixels.float().mean((1, 2)).tolist() == [10, 200, 30]
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(
-        ConfigError, match=r"wan_validation_last_image = '.*text\.png': cannot be read"
+        ConfigError, match=r"wan_validation_last_image = '.*: cannot be read: .*text\.png"
     ):
         _opened(str(tmp_path / "text.png"), -1)
