@@ -1,4 +1,4 @@
-"""Does work in a thread a little ahead of where its results are wanted."""
+"""Does work in a thread: a little ahead of where its results are wanted, or behind where it arises."""
 
 from __future__ import annotations
 
@@ -25,3 +25,33 @@ def ahead(work: Callable[[I], R], items: Iterable[I]) -> Iterator[R]:
         finally:
             for future in waiting:
                 future.cancel()
+
+
+class Behind:
+    """Does work in a thread, in order, while its giver goes on; at most a few things wait.
+
+    An error of the work comes out of a later :meth:`give`, or at the end of the block.
+    """
+
+    def __init__(self, most: int = GROUPS_AHEAD) -> None:
+        self.most = most
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._waiting: list[Future[None]] = []
+
+    def give(self, work: Callable[[], None]) -> None:
+        """Let ``work`` be done; waits while too much lies there."""
+        self._waiting.append(self._pool.submit(work))
+        while len(self._waiting) > self.most:
+            self._waiting.pop(0).result()
+
+    def __enter__(self) -> Behind:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            while self._waiting:
+                future = self._waiting.pop(0)
+                if kind is None:
+                    future.result()
+        finally:
+            self._pool.shutdown(wait=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer_core.data.ahead import ahead
+from trainer_core.data.ahead import Behind, ahead
 from trainer_core.data.cache import Cache, Damaged, caption_key, clip_key, identity_key
 from trainer_core.data.decode import TooShort, decode
 from trainer_core.data.encoding import EncodeHooks, check_writes, encode, loaded
@@ -137,8 +138,8 @@ class CachedData:
         clips = _decode_group(self, group)
         if any(isinstance(clip, Exception) for _, clip in clips):
             raise DataError(f"{path} cannot be decoded any more, its cache entry is damaged")
-        with loaded(encoder) as network:
-            _encode_group(self, network, clips)
+        with loaded(encoder) as network, Behind() as writer:
+            _encode_group(self, network, clips, set(), writer)
 
 
 def fill_cache(
@@ -336,12 +337,16 @@ def fill_clips(
     if not groups:
         return []
     total = sum(len(group) for group in groups)
-    with loaded(encoder) as network, progress(f"encode {encoder.name}", total) as advance:
+    with (
+        loaded(encoder) as network,
+        progress(f"encode {encoder.name}", total) as advance,
+        Behind() as writer,
+    ):
         for clips in ahead(lambda group: _decode_group(data, group), groups):
             for sample, clip in clips:
                 if isinstance(clip, Exception):
                     failed.setdefault(sample.file, clip)
-            made |= _encode_group(data, network, clips)
+            _encode_group(data, network, clips, made, writer)
             advance(len(clips))
     return [(data.plan.files[number], error) for number, error in failed.items()]
 
@@ -365,18 +370,19 @@ def _decode_group(data: CachedData, group: Sequence[Sample]) -> Clips:
     return clips
 
 
-def _encode_group(data: CachedData, network: LoadedEncoder, clips: Clips) -> set[str]:
+def _encode_group(
+    data: CachedData, network: LoadedEncoder, clips: Clips, made: set[str], writer: Behind
+) -> None:
+    """Encode a group and let it be written; ``made`` gets the keys of what was not there."""
     good = [(sample, clip) for sample, clip in clips if not isinstance(clip, Exception)]
-    made: set[str] = set()
     if not _missing(data, network.encoder, [sample for sample, _ in good]):
-        return made
+        return
     samples = [EncoderSample(pixels=clip) for _, clip in good]
     names = [data.plan.sample_id(sample) for sample, _ in good]
     results = encode(data.run, data.hooks, network, samples, names)
     for (sample, _), result in zip(good, results, strict=True):
         key = data.clip_key(network.encoder, sample)
         cache = data.clip_cache(network.encoder, sample)
-        if key not in cache:
-            cache.write(key, result)
+        if key not in cache and key not in made:
             made.add(key)
-    return made
+            writer.give(partial(cache.write, key, result))
