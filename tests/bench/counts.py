@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
-from measure import adapt
+from measure import adapt, fuse
 from torch import Tensor, nn
 
 from trainer_core.blocks import BlockStack, TokenContext
@@ -65,6 +65,7 @@ class Pair:
         known = {id(t): t for t in stock.parameters()}
         ours = copy.deepcopy(stock, known)
         take_over(ours)
+        fuse(ours)
         self.sides = {"stock": stock.train(), "ours": ours.train()}
         self.tokens = tokens
         size = (1, tokens, 6, WIDTH) if case == "token-wise time" else (1, 6, WIDTH)

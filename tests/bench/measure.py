@@ -5,38 +5,34 @@ from __future__ import annotations
 import platform
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from trainer_lora.fused import take_over
 
 LORA_RANK = 16
+ADAPTER = "default"
 DRAWS = 10_000
 
 
-class Lora(nn.Module):
-    """A frozen linear layer with an adapter."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.down = nn.Linear(base.in_features, LORA_RANK, bias=False)
-        self.up = nn.Linear(LORA_RANK, base.out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output and the adapter's."""
-        return self.base(x) + self.up(self.down(x))
+def adapt(blocks: nn.ModuleList) -> None:
+    """Put peft's adapters on q, k, v and out of both attentions; freeze the rest."""
+    blocks.requires_grad_(False)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=targets)
+    inject_adapter_in_model(config, blocks, ADAPTER)
 
 
-def adapt(blocks: Iterable[Any]) -> None:
-    """Put adapters on q, k, v and out of both attentions; all else is frozen."""
-    for block in blocks:
-        block.requires_grad_(False)
-        for attention in (block.attn1, block.attn2):
-            for name in ("to_q", "to_k", "to_v"):
-                setattr(attention, name, Lora(getattr(attention, name)))
-            attention.to_out[0] = Lora(attention.to_out[0])
+def fuse(blocks: nn.ModuleList) -> None:
+    """Give the adapters of :func:`adapt` the forward that they have in our runs."""
+    for layer in blocks.modules():
+        if isinstance(layer, LoraLayer):
+            take_over(layer, ADAPTER)
 
 
 def interval(values: list[float], of: Callable[[list[float]], float]) -> tuple[float, float]:

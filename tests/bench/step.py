@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from curves import draw
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
-from measure import adapt, interval, machine, peak_flops, seconds
+from measure import adapt, fuse, interval, machine, peak_flops, seconds
 from torch import Tensor, nn
 
 from trainer_core.blocks import BlockStack, TokenContext
@@ -124,6 +124,7 @@ class Bench:
         stock.to(device).train()
         self.sides = {"stock": stock, "ours": self._twin(stock)}
         take_over(self.sides["ours"])
+        fuse(self.sides["ours"])
         if other is not None:
             self.sides["other"] = self._twin(stock)
             other(self.sides["other"])

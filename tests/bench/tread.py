@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
-from measure import adapt, interval, machine
+from measure import adapt, fuse, interval, machine
 from torch import nn
 
 from trainer_core.blocks import BlockStack, TokenContext, draw_plan
@@ -52,6 +52,7 @@ def build(num_blocks: int, device: str) -> BlockStack:
     )
     adapt(blocks)
     take_over(blocks)
+    fuse(blocks)
     return BlockStack(blocks.train().to(device), policy="full")
 
 

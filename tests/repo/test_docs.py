@@ -100,12 +100,19 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
+def lies_in_a_deleted_plugin(target: Path) -> bool:
+    absent = [(ROOT / "plugins" / name).resolve() for name in told_but_absent()]
+    return any(target.resolve().is_relative_to(folder) for folder in absent)
+
+
 def broken_links(page: Path, root: Path = ROOT) -> Iterator[str]:
     for link in LINK.findall(prose(page)):
         if re.match(r"[a-z]+:", link):
             continue  # the web is not asked
         path, _, anchor = link.partition("#")
         target = (page.parent / path) if path else page
+        if lies_in_a_deleted_plugin(target):
+            continue
         is_missing = not target.exists() or not target.resolve().is_relative_to(root)
         if is_missing or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
             yield link

@@ -55,12 +55,15 @@ def test_a_policy_changes_no_bit_and_no_promise(folder: Path, on_cpu, policy: st
     assert moved.plugin("group_offload").device.most == 2
 
 
-def test_layer_by_layer_too(folder: Path, on_cpu):
-    keys = POLICIES["full"]
-    plain = run(folder, None, "plain-leaf", **keys)
-    moved = run(folder, on_cpu, "moved-leaf", group_offload_type="leaf_level", **keys)
+@pytest.mark.parametrize(("keys", "most"), [({}, 3), ({"use_dora": True}, 1)], ids=["lora", "dora"])
+def test_layer_by_layer_too(folder: Path, on_cpu, keys: dict[str, Any], most: int):
+    """Query, key and value of a LoRA are computed together; DoRA reads its layer's weight by itself."""
+    keys = keys | POLICIES["full"]
+    name = "-".join(("leaf", *keys))
+    plain = run(folder, None, f"plain-{name}", **keys)
+    moved = run(folder, on_cpu, f"moved-{name}", group_offload_type="leaf_level", **keys)
     assert moved.weights() == plain.weights()
-    assert moved.plugin("group_offload").device.most == 1
+    assert moved.plugin("group_offload").device.most == most
 
 
 @pytest.mark.parametrize("way", [{}, {"group_offload_to_disk_path": "disk"}], ids=["host", "disk"])

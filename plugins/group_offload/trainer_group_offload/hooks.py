@@ -120,7 +120,7 @@ class GroupOffload:
         names = (f"{role}.blocks",)
         if self.settings.group_offload_type == "leaf_level":
             groups = self._leaves(run, role, blocks)
-            leaf = LeafResidency(groups)
+            leaf = LeafResidency(groups, _wrappers(blocks))
             self._tell(run, role, groups, at_once=1)
             return Residency("group_offload", names, leaf.before, leaf.after, role=role)
         size, ahead = (
@@ -184,3 +184,9 @@ class GroupOffload:
             f"group offload: {total:.2f} GiB of {role} lie in {where}, at most {most:.2f} GiB of it on "
             f"the accelerator ({len(groups)} groups)"
         )
+
+
+def _wrappers(blocks: nn.ModuleList) -> dict[nn.Module, nn.Module]:
+    """Return layer → the adapter around it, by the name that peft gives to what lies inside."""
+    found = ((getattr(outer, "base_layer", None), outer) for outer in blocks.modules())
+    return {layer: outer for layer, outer in found if layer is not None}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from trainer_core.linear import RESIDENT
 from trainer_group_offload.groups import Group
 
 
@@ -111,17 +113,34 @@ class LeafResidency:
     In the backward pass a recomputed block holds what it needs until it is done.
     """
 
-    def __init__(self, groups: Sequence[Group]) -> None:
+    def __init__(self, groups: Sequence[Group], wrappers: Mapping[nn.Module, nn.Module]) -> None:
+        """wrappers: layer → the adapter around it, which may read the layer's weight by itself."""
         for group in groups:
-            module = group.slots[0].module
-            module.register_forward_pre_hook(lambda *_, group=group: _come(group))
-            module.register_forward_hook(lambda *_, group=group: group.drop(), always_call=True)
+            layer = group.slots[0].module
+            called = wrappers.get(layer, layer)
+            called.register_forward_pre_hook(lambda *_, group=group: _come(group))
+            called.register_forward_hook(lambda *_, group=group: group.drop(), always_call=True)
+            for module in {layer, called}:
+                setattr(module, RESIDENT, partial(_there, group))
 
     def before(self, index: int, phase: str) -> None:
         """Nothing: layers see to themselves."""
 
     def after(self, index: int, phase: str) -> None:
         """Nothing."""
+
+
+@contextmanager
+def _there(group: Group) -> Iterator[None]:
+    """Have the weights of a layer here inside, where it is computed without being called."""
+    if group.is_here:  # the layer was called, and its hooks see to it
+        yield
+        return
+    _come(group)
+    try:
+        yield
+    finally:
+        group.drop()
 
 
 def _come(group: Group) -> None:

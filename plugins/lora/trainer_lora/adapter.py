@@ -40,6 +40,8 @@ def inject(
     from peft import LoraConfig, inject_adapter_in_model
     from torch import nn
 
+    from trainer_lora.fused import take_over
+
     layers = match(module, shape.targets).layers
     # peft draws an initialisation that is thrown away; the forks keep it from the global state.
     devices = [device] if device.type == "cuda" else []
@@ -63,6 +65,7 @@ def inject(
         for parameter in _parts(layer).values():
             parameter.requires_grad_(True)
         layer.train(layer.base_layer.training)
+        take_over(layer, ADAPTER)
 
 
 def _set_dropout(layer: Any, ratio: float) -> None:

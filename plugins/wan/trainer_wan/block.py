@@ -1,7 +1,8 @@
 """The forward of a Wan block over diffusers' own modules, with less memory traffic than diffusers'.
 
 ``take_over`` gives a ``WanTransformerBlock`` this forward; weights, adapters, quantised layers and hooks
-stay where they are. Every linear layer is called as a module. What is replaced is the work between them:
+stay where they are. Query, key and value read the same tokens, so they are computed together
+(:mod:`trainer_core.linear`); other linear layers are called. What is replaced is the work between them:
 norms, modulation, gates and position codes, and those only where nobody has put anything else there.
 """
 
@@ -18,6 +19,8 @@ from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanTransformerBlock
 from torch import Tensor, nn
 
+from trainer_core import linear
+from trainer_core.linear import untouched
 from trainer_wan.fused import (
     LOW,
     Turn,
@@ -134,7 +137,7 @@ def _modulate(
     """Return ``norm(x) * (1 + scale) + shift``; shift is coefficient ``first``, scale the next."""
     shift = modulation.of(first, rows)
     scale = modulation.of(first + 1, rows, plus=1.0)
-    if _plain(norm, FP32LayerNorm) and norm.weight is None:
+    if untouched(norm, FP32LayerNorm) and norm.weight is None:
         return modulated_norm(x, scale, shift, eps=norm.eps)
     if shift.ndim == 2:
         shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
@@ -143,20 +146,10 @@ def _modulate(
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
     """Return a norm with weights of its own, or whatever stands in its place, in x's dtype."""
-    if _plain(norm, FP32LayerNorm) and norm.weight is not None:
+    if untouched(norm, FP32LayerNorm) and norm.weight is not None:
         with exact(x):
             return layer_norm(x, norm.weight, norm.bias, eps=norm.eps)
     return norm(x).to(x.dtype)  # type: ignore[no-any-return] # a module's
-
-
-def _plain(module: Any, kind: type) -> bool:
-    """Whether a module computes what its class says, and nobody listens to it."""
-    return (
-        type(module) is kind
-        and "forward" not in vars(module)
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-    )
 
 
 def _attend(
@@ -174,17 +167,21 @@ def _attend(
     image = None
     if attention.add_k_proj is not None and text is not None:
         image, text = text[:, :-TEXT_TOKENS], text[:, -TEXT_TOKENS:]
-    context = x if text is None else text
-    query, key = attention.to_q(x), attention.to_k(context)
-    value = attention.to_v(context).unflatten(2, (attention.heads, -1))  # (B, L, H, d)
+    if text is None:
+        query, key, value = linear.apply((attention.to_q, attention.to_k, attention.to_v), x)
+    else:
+        query = attention.to_q(x)
+        key, value = linear.apply((attention.to_k, attention.to_v), text)
+    value = value.unflatten(2, (attention.heads, -1))  # (B, L, H, d)
     query, key = (
         _heads(norm, t, attention.heads, turn, value.dtype)
         for norm, t in ((attention.norm_q, query), (attention.norm_k, key))
     )
     out = _dot_product(attention, query, key, value, of_itself=text is None)
     if image is not None:
-        key, heads = attention.add_k_proj(image), attention.heads
-        value = attention.add_v_proj(image).unflatten(2, (heads, -1))
+        heads = attention.heads
+        key, value = linear.apply((attention.add_k_proj, attention.add_v_proj), image)
+        value = value.unflatten(2, (heads, -1))
         key = _heads(attention.norm_added_k, key, heads, None, value.dtype)
         out = out + _dot_product(attention, query, key, value, of_itself=False)
     return attention.to_out[1](attention.to_out[0](out))  # type: ignore[no-any-return] # a module's
@@ -192,7 +189,7 @@ def _attend(
 
 def _heads(norm: Any, x: Tensor, heads: int, turn: Turn | None, dtype: torch.dtype) -> Tensor:
     """Return x (B, N, H * d) as heads (B, N, H, d), normed over all of them and then turned."""
-    if _plain(norm, nn.RMSNorm):
+    if untouched(norm, nn.RMSNorm):
         return head_norm(x, norm.weight, eps=norm.eps, heads=heads, turn=turn, dtype=dtype)
     normed = norm(x).unflatten(2, (heads, -1))
     return normed.to(dtype) if turn is None else rotate(normed, turn, dtype=dtype)
