@@ -28,6 +28,7 @@ from trainer_core.types import (
     ModelInputs,
     ModelSpec,
     Moment,
+    Occasion,
     ParameterGroup,
     Placement,
     PluginInfo,
@@ -46,7 +47,8 @@ __all__ = [
     # what hooks take and return
     "Artifact", "Batch", "EncodedTensor", "Encoder", "EncoderQuantiser", "EncoderSample", "Expert",
     "Exported", "ForwardPlan", "LoadedEncoder", "LossTerm", "ModelInputs", "ModelSpec", "Moment",
-    "ParameterGroup", "Placement", "Prompt", "Record", "Residency", "Route", "StepOutput", "TapResult",
+    "Occasion", "ParameterGroup", "Placement", "Prompt", "Record", "Residency", "Route", "StepOutput",
+    "TapResult",
     # errors
     "TrainerError", "Problem", "ConfigError", "PluginError", "DataError", "ModelError",
     "CheckpointError",

@@ -11,7 +11,10 @@ plain object (Route, Residency) or requested from the model (a tap), and core co
 
 A plugin may also have plain methods: ``check(run)``, called once ``run.spec`` is known and before the
 data is planned, to refuse what cannot work; ``encoders(run)``; ``attach(run)``, called after the model
-is loaded; ``parameters()``, ``state_dict()`` and ``load_state_dict(state)``.
+is loaded; ``parameters()``, ``state_dict()`` and ``load_state_dict(state)``. Three more tell ``trainer
+plan`` what it cannot see: ``resident_bytes(blocks)``, how many bytes of frozen blocks of those sizes are
+on the device at once; ``resting_bytes(run)``, how many of other frozen weights are in host memory
+instead; ``occasions(run)``, each :class:`Occasion` beside training.
 """
 
 from __future__ import annotations

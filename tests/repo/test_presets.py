@@ -57,6 +57,17 @@ def test_there_are_presets_of_each_kind():
     assert DATA
 
 
+def lacking_for(family: str, catalogue: Catalogue) -> str:
+    """Return what the model's plugin requires and no installed plugin is, empty where all is there."""
+    needs = (
+        need
+        for entry in catalogue.providing(f"model_family={family}")
+        for need in entry.info.requires
+        if isinstance(need, str) and not catalogue.answering(need)
+    )
+    return next(needs, "")
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
 def test_a_config_resolves_and_so_do_its_datasets(path: Path, workplace: Path):
     catalogue, content = Catalogue.installed(), read_json(path)
@@ -64,6 +75,8 @@ def test_a_config_resolves_and_so_do_its_datasets(path: Path, workplace: Path):
         value = content.get(key, "none")
         if value not in ("none", *BUILTIN_OPTIMIZERS) and not catalogue.providing(f"{key}={value}"):
             pytest.skip(f"nothing installed provides {key}={value}")
+    if lacking := lacking_for(content.get("model_family", ""), catalogue):
+        pytest.skip(f"nothing installed is {lacking}, which the model requires")
     resolved = resolve(workplace / name(path).removesuffix(SUFFIX), environ={}, catalogue=catalogue)
     assert resolved.unused == ()
     data = workplace / resolved.core.data_backend_config

@@ -101,7 +101,14 @@ def settle(
     way, need = chosen
     fits = "needs" if need <= room else "is the least and needs"
     values = ", ".join(f"{key} {str(value).lower()}" for key, value in way.keys.items())
-    return way.keys, (
+    sentence = (
         f"memory_policy auto: {values} ({way.about}); training {fits} {need / GIB:.2f} of "
         f"{room / GIB:.2f} GiB"
     )
+    assert known is not None  # a way was chosen
+    if known.peak.name != TRAINING and (most := needed(known)) > room:
+        sentence += (
+            f". {known.peak.name} needs {most / GIB:.2f} GiB, which no policy of training changes: "
+            "trainer plan --vram tells what does"
+        )
+    return way.keys, sentence

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer_core.planner.rehearse import ENCODING, TRAINING, Forecast, Phase
+from trainer_core.planner.rehearse import ENCODING, SAMPLES, TRAINING, Forecast, Phase
 
 GIB = 2**30
 CONTEXT = 0.7 * GIB
@@ -34,7 +34,21 @@ REMEDIES: tuple[Remedy, ...] = (
         "captions are encoded from 8-bit weights",
         (ENCODING,),
     ),
-    Remedy({"vae_enable_tiling": True}, "large clips are encoded in blended tiles", (ENCODING,)),
+    Remedy(
+        {"vae_enable_tiling": True},
+        "large clips are encoded and decoded in blended tiles",
+        (ENCODING, SAMPLES),
+    ),
+    Remedy(
+        {"enable_model_cpu_offload": True},
+        "the model waits in host memory while samples are decoded",
+        (SAMPLES,),
+    ),
+    Remedy(
+        {"wan_one_expert_resident": True},
+        "of two experts one waits in host memory",
+        (TRAINING, SAMPLES),
+    ),
     Remedy(
         {"gradient_checkpointing": True, "gradient_checkpointing_policy": "ffn"},
         "feed-forwards are computed twice",
@@ -50,9 +64,18 @@ REMEDIES: tuple[Remedy, ...] = (
     Remedy(
         {"enable_group_offload": True, "group_offload_use_stream": True},
         "frozen blocks come from host memory; free where a block computes longer than it travels",
+        (TRAINING, SAMPLES),
     ),
-    Remedy({"enable_chunked_feed_forward": True}, "feed-forwards in chunks, computed twice"),
-    Remedy({"base_model_precision": "int8-torchao"}, "frozen weights are rounded to 8 bits"),
+    Remedy(
+        {"enable_chunked_feed_forward": True},
+        "feed-forwards in chunks, computed twice",
+        (TRAINING, SAMPLES),
+    ),
+    Remedy(
+        {"base_model_precision": "int8-torchao"},
+        "frozen weights are rounded to 8 bits",
+        (TRAINING, SAMPLES),
+    ),
     Remedy(
         {"train_batch_size": 1}, "fewer clips a step; gradient_accumulation_steps makes up for it"
     ),

@@ -109,7 +109,8 @@ def modules_in(network: Any) -> list[nn.Module]:
     return [value for value in inside if isinstance(value, nn.Module)]
 
 
-ENCODING, TRAINING = "encoding", "training"
+ENCODING, TRAINING, SAMPLES = "encoding", "training", "samples"
+"""How the names of phases begin."""
 
 
 class Rehearsal:
@@ -122,6 +123,7 @@ class Rehearsal:
         self.encoded: dict[str, Encoded] = {}
         self.cache: dict[str, int] = {}
         self.unknown: list[str] = []
+        self.beside: list[Tensor] = []
         self.tokens = self.operations = self.trained = self.at_home = 0
 
     def told(self) -> Forecast:
@@ -203,6 +205,7 @@ class Rehearsal:
             self.operations = operations.total * micro
             state = [v for s in optimizer.state.values() for v in s.values() if _is_tensor(v)]
             self.at_home = self._at_home(parameters)
+            self.beside = [*averages, *state]
             live.peak -= self.at_home
             self._add(TRAINING, live, {
                 "frozen weights": num_bytes(frozen) - self.at_home,
@@ -213,15 +216,23 @@ class Rehearsal:
             })  # fmt: skip
 
     def others(self) -> None:
-        """Rehearse what plugins say they will do beside training, with the model there."""
+        """Rehearse what plugins say they will do beside training, with what training keeps there."""
         for plugin in self.host.plugins.values():
-            if (rehearsals := getattr(plugin, "rehearsals", None)) is None:
+            if (occasions := getattr(plugin, "occasions", None)) is None:
                 continue
-            for name, modules, act in rehearsals(self.run):
-                weights = weights_of([*self.run.model.modules.values(), *modules])
-                with self._weighing([], weights) as live, torch.no_grad():
-                    act()
-                    self._add(name, live, {"weights": num_bytes(weights)})
+            with self.sketch.at_work():
+                found = list(occasions(self.run))
+            for occasion in found:
+                model = [] if occasion.aside else weights_of(self.run.model.modules.values())
+                away = 0 if occasion.aside else self.at_home
+                weights = [*model, *weights_of(occasion.modules)]
+                with self._weighing([], [*weights, *self.beside]) as live, torch.no_grad():
+                    occasion.act()
+                    live.peak -= away
+                    self._add(occasion.name, live, {
+                        "weights": num_bytes(weights) - away,
+                        "averages and optimiser": num_bytes(self.beside),
+                    })  # fmt: skip
 
     def _micro_step(self, batch: Batch, plan: ForwardPlan, live: LiveBytes) -> int:
         """Do forward and backward; return the bytes that wait for the backward."""
@@ -271,9 +282,12 @@ class Rehearsal:
         return ForwardPlan(routes=drawn, taps=plan.taps)
 
     def _at_home(self, trained: Sequence[Tensor]) -> int:
-        """Return the bytes of frozen blocks that a plugin keeps off the device at any moment."""
+        """Return the bytes of frozen weights that plugins keep off the device at any moment."""
+        plugins = self.host.plugins.values()
+        tells = (getattr(plugin, "resting_bytes", None) for plugin in plugins)
+        rest = sum(int(tell(self.run)) for tell in tells if tell is not None)
         if not isinstance(self.run.model, Blocks):
-            return 0
+            return rest
         ours = {id(parameter) for parameter in trained}
         stacks = [
             [
@@ -282,10 +296,10 @@ class Rehearsal:
             ]
             for stack in self.run.model.stacks().values()
         ]
-        for plugin in self.host.plugins.values():
+        for plugin in plugins:
             if (resident := getattr(plugin, "resident_bytes", None)) is not None:
-                return sum(sum(blocks) - resident(blocks) for blocks in stacks)
-        return 0
+                return rest + sum(sum(blocks) - int(resident(blocks)) for blocks in stacks)
+        return rest
 
     def _frozen(self, trained: Sequence[Tensor]) -> list[Tensor]:
         ours = {id(parameter) for parameter in trained}

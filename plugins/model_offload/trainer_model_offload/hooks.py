@@ -36,7 +36,7 @@ class ModelOffload:
 
     def attach(self, run: Run) -> None:
         """Offer to put the model aside; on the CPU say that there is nothing to do."""
-        if run.device.type == "cpu":
+        if run.device.type == "cpu" and run.sketch is None:
             run.say_once(ON_CPU)
             return
         run.state[MODEL_ASIDE] = lambda: self.aside(run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from trainer_core.types import (
     LoadedEncoder,
     ModelSpec,
     Moment,
+    Occasion,
     PluginInfo,
 )
 from trainer_wan import attention
@@ -191,11 +192,33 @@ class Wan:
         drawn = torch.rand(num_samples, generator=generator)
         return drawn < self.settings.wan_first_frame_probability
 
+    def resting_bytes(self, run: Run) -> int:
+        """Return the frozen bytes of the expert that rests in host memory, for ``trainer plan``."""
+        from trainer_core.planner.live import num_bytes
+
+        model: Any = run.model
+        if not self._rests(model):
+            return 0
+        return min(
+            num_bytes(p for p in module.parameters() if not p.requires_grad)
+            for module in model.modules.values()
+        )
+
+    def occasions(self, run: Run) -> Iterator[Occasion]:
+        """Yield what rendering the prompts takes, for ``trainer plan``."""
+        from trainer_wan import sketch
+
+        if run.prompts and run.settings.validation_step_interval:
+            flavour = choose(run.settings.model_flavour)
+            yield from sketch.samples(run, flavour, self._told(run, flavour), self.settings)
+
+    def _rests(self, model: Any) -> bool:
+        return self.settings.wan_one_expert_resident and len(model.modules) > 1
+
     def attach(self, run: Run) -> None:
         """Lay one of two experts to rest, now that adapters are in; say what images teach."""
         model: Any = run.model
-        rests = self.settings.wan_one_expert_resident and len(model.modules) > 1
-        if rests and run.sketch is None:
+        if self._rests(model) and run.sketch is None:
             from trainer_wan.resting import Resting
 
             networks = {role: model.bare(role) for role in model.modules}

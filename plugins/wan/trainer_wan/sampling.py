@@ -139,18 +139,25 @@ class _Denoiser(nn.Module):
         encoder_hidden_states: Tensor,
         **options: Any,
     ) -> tuple[Tensor]:
-        first = self.given.first_frame
-        given = None if first is None else torch.ones(1, dtype=torch.bool, device=first.device)
-        velocity, _ = self.network.velocity(
-            hidden_states,
-            timestep,
-            encoder_hidden_states,
-            condition=self.given.condition,
-            image=self.given.image_embeds,
-            first_frame=first,
-            given=given,
-        )
-        return (velocity,)
+        return (denoised(self.network, hidden_states, timestep, encoder_hidden_states, self.given),)
+
+
+def denoised(
+    network: WanNetwork, latents: Tensor, timestep: Tensor, text: Tensor, given: Given
+) -> Tensor:
+    """Return the velocity (1, C, f, h, w) of one clip that begins from what is ``given``."""
+    first = given.first_frame
+    is_given = None if first is None else torch.ones(1, dtype=torch.bool, device=first.device)
+    velocity, _ = network.velocity(
+        latents,
+        timestep,
+        text,
+        condition=given.condition,
+        image=given.image_embeds,
+        first_frame=first,
+        given=is_given,
+    )
+    return velocity
 
 
 @contextmanager

@@ -1,20 +1,28 @@
-"""The networks of a flavour without their contents, for ``trainer plan``: nothing is downloaded."""
+"""The networks of a flavour without their contents, for ``trainer plan``: nothing is downloaded.
+
+Beside the networks: what is done with them while samples are made.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trainer_core.run import DROP_VAE_ENCODER, MODEL_ASIDE
+from trainer_core.types import Occasion
 from trainer_wan.flavours import Flavour
-from trainer_wan.model import WanModel, network_of
+from trainer_wan.model import IMAGE_TOKENS, WanModel, network_of
+from trainer_wan.sampling import TEXT_TOKENS, Given, denoised, settle
+from trainer_wan.vae import decode
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
     from trainer_core.planner.sketch import Sketch
     from trainer_core.run import Run
+    from trainer_wan.config import WanSettings
     from trainer_wan.weights import Weights
 
 VAE_16: Mapping[str, Any] = {}
@@ -90,3 +98,73 @@ def vae(sketch: Sketch, flavour: Flavour, weights: Weights | None) -> Autoencode
 
     config = dict(config_of("vae", flavour, weights))
     return sketch.network(lambda: AutoencoderKLWan.from_config(config), dtype=torch.float32)
+
+
+def samples(
+    run: Run, flavour: Flavour, weights: Weights | None, settings: WanSettings
+) -> Iterator[Occasion]:
+    """Yield what rendering the prompts takes: one pass of the denoiser, and decoding one clip."""
+    sampling = settle(run, config_of("scheduler", flavour, weights))
+    edges = (sampling.height // sampling.vae_factor, sampling.width // sampling.vae_factor)
+    frames = (sampling.frames - 1) // run.spec.frame_stride + 1
+    size = (frames, *edges)  # of latents
+    first = flavour.task == "ti2v" and settings.wan_first_frame_probability > 0
+    yield Occasion(
+        "samples, denoising",
+        lambda: _denoise(run, flavour, size, first_frame=first),
+        tuple(_others(run, flavour, weights, settings)),
+    )
+    assert run.sketch is not None
+    decoder = vae(run.sketch, flavour, weights)
+    if run.state.get(DROP_VAE_ENCODER, False):
+        decoder.encoder = decoder.quant_conv = None
+    if settings.vae_enable_tiling:
+        decoder.enable_tiling()
+    yield Occasion(
+        "samples, decoding",
+        lambda: decode(decoder, torch.empty(decoder.config.z_dim, *size)),
+        (decoder,),
+        aside=MODEL_ASIDE in run.state,
+    )
+
+
+def _others(
+    run: Run, flavour: Flavour, weights: Weights | None, settings: WanSettings
+) -> Iterator[torch.nn.Module]:
+    """Yield the expert that is loaded for samples alone, unless it takes the place of the trained one."""
+    if not settings.wan_validation_load_other_stage or len(flavour.roles) > 1:
+        return
+    if settings.wan_one_expert_resident:
+        return
+    from diffusers import WanTransformer3DModel
+
+    assert run.sketch is not None
+    config = dict(config_of(flavour.roles[0], flavour, weights))
+    yield run.sketch.network(
+        lambda: WanTransformer3DModel.from_config(config),
+        dtype=run.placement.frozen_dtype,
+        keep=WanTransformer3DModel._keep_in_fp32_modules,
+    )
+
+
+def _denoise(run: Run, flavour: Flavour, size: tuple[int, ...], *, first_frame: bool) -> None:
+    """Call the denoiser once for a clip whose latents are of that size (f, h, w)."""
+    model: Any = run.model
+    network = model.bare(flavour.roles[0])
+    config, given = network.transformer.config, {}
+    channels = config.out_channels
+    if flavour.given_frames:
+        joined = config.in_channels - channels
+        given["condition"] = torch.empty(1, joined, *size, device=run.device)
+    if flavour.uses_clip:
+        tokens = IMAGE_TOKENS * len(flavour.given_frames)
+        given["image_embeds"] = torch.empty(1, tokens, config.image_dim, device=run.device)
+    if first_frame:
+        given["first_frame"] = torch.empty(1, channels, 1, *size[1:], device=run.device)
+    denoised(
+        network,
+        torch.empty(1, channels, *size, device=run.device),
+        torch.empty(1, device=run.device),
+        torch.empty(1, TEXT_TOKENS, config.text_dim, device=run.device),
+        Given(**given),
+    )
