@@ -10,6 +10,7 @@ from trainer_core.errors import (
     TrainerError,
 )
 from trainer_core.hookspecs import hookimpl
+from trainer_core.planner.occasion import Occasion
 from trainer_core.run import DROP_VAE_ENCODER, FORCE_KEEP, MODEL_ASIDE, QUANTISE_ENCODER, Key, Run
 from trainer_core.settings.keys import PluginSettings, key
 from trainer_core.types import (
@@ -28,7 +29,6 @@ from trainer_core.types import (
     ModelInputs,
     ModelSpec,
     Moment,
-    Occasion,
     ParameterGroup,
     Placement,
     PluginInfo,

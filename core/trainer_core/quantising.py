@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer_core.capabilities import Blocks
 from trainer_core.errors import ConfigError, PluginError, Problem
+from trainer_core.hookspecs import hookimpl
 from trainer_core.run import QUANTISE_ENCODER
-from trainer_core.types import EncoderQuantiser
+from trainer_core.types import EncoderQuantiser, PluginInfo
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +39,55 @@ class Sizes:
         return (
             f"{self.layers} layers, {self.after / mib:.1f} MiB instead of {self.before / mib:.1f}"
         )
+
+
+def precisions(kinds: Iterable[str]) -> tuple[str, ...]:
+    """Return what ``PluginInfo.values`` of a quantiser says of its precisions."""
+    return tuple(
+        f"{key}={kind}"
+        for key in ("base_model_precision", "text_encoder_1_precision")
+        for kind in kinds
+    )
+
+
+class Quantiser:
+    """Base of a plugin that stores frozen weights of the blocks, and of the text encoder, in fewer bits.
+
+    kinds: its precisions, as settings name them; :func:`precisions` tells them to the host. library: the
+    package that rounds; its version is part of what a stored encoder's cache is known by.
+    """
+
+    info: ClassVar[PluginInfo]
+    kinds: ClassVar[tuple[str, ...]]
+    library: ClassVar[str]
+
+    def __init__(self, settings: Any = None) -> None:
+        """A quantiser has no keys of its own: those of core choose its precisions."""
+
+    def quantised(self, linear: nn.Linear, *, kind: str) -> nn.Module:
+        """Return a layer with the weight of ``linear`` rounded to ``kind``, where it lies."""
+        raise NotImplementedError
+
+    def check(self, run: Run) -> None:
+        """Refuse what cannot be quantised; offer the text encoder what its key asks for."""
+        check(run)
+        kind = run.settings.text_encoder_1_precision
+        if kind in self.kinds:
+            identity = {"precision": kind, "library": f"{self.library} {version(self.library)}"}
+            offer_encoder(run, partial(self.quantised, kind=kind), identity=identity)
+
+    @hookimpl(wrapper=True)
+    def load_model(self, run: Run) -> Generator[None, Model | None, Model | None]:
+        """Quantise the blocks of the model that lies within, one after another."""
+        kind = run.settings.base_model_precision
+        if kind not in self.kinds:
+            return (yield)
+        with blocks_on_the_host(run) as home:
+            model = yield
+        if model is not None:
+            sizes = quantise_blocks(run, model, partial(self.quantised, kind=kind), home=home)
+            run.say(f"blocks in {kind}: {sizes}")
+        return model
 
 
 def check(run: Run) -> None:

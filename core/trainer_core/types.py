@@ -300,20 +300,6 @@ class Residency:
 
 
 @dataclass(frozen=True)
-class Occasion:
-    """Something that a run does beside training, for ``trainer plan`` to weigh.
-
-    name: of the phase. act: does it once, over tensors without contents. modules: networks that are on
-    the device for it, beside the model. aside: whether the model waits in host memory meanwhile.
-    """
-
-    name: str
-    act: Callable[[], Any]
-    modules: tuple[nn.Module, ...] = ()
-    aside: bool = False
-
-
-@dataclass(frozen=True)
 class TapResult:
     """Hidden states behind a block: tokens (B, K, D); ids (B, K) of the tokens, None if all are there."""
 

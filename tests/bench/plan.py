@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -16,16 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer_core.heap import give_back_large_blocks
+
 FRAMES, HEIGHT, WIDTH = 65, 256, 240
 CASES: Mapping[str, tuple[int, Mapping[str, Any]]] = {
     "4 blocks, nothing twice": (4, {"gradient_checkpointing": False}),
     "4 blocks, full": (4, {}),
     "8 blocks, keep_attention": (8, {"gradient_checkpointing_policy": "keep_attention"}),
 }
-ENVIRONMENT = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-"""glibc keeps freed blocks of up to 32 MiB in a heap with gaps, which grows a process to more than twice
-its tensors. With this each large tensor goes back to the system when it is freed.
-"""
 SETTINGS = {
     "model_type": "lora",
     "lora_rank": 16,
@@ -126,12 +123,13 @@ def main() -> None:
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     if given.case is not None:
+        give_back_large_blocks()  # as the command does
         print("RESULT", json.dumps(compare(given.folder.resolve(), given.case)))
         return
     rows = []
     for name in CASES:
         command = [sys.executable, __file__, str(given.folder), "--case", name]
-        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(done.stdout + done.stderr)
         (line,) = (text for text in done.stdout.splitlines() if text.startswith("RESULT "))

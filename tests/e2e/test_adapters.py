@@ -56,15 +56,11 @@ Call = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def call(
-    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Call]:
+def call(world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """Run the command's own entry point in the world's folder; return its exit code and output."""
     monkeypatch.chdir(world)
     for name in [name for name in os.environ if name.startswith("TRAINER_")]:
         monkeypatch.delenv(name)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
 
     def run(*words: str) -> tuple[int, str]:
         capsys.readouterr()
@@ -73,8 +69,7 @@ def call(
         said = capsys.readouterr()
         return int(ended.value.code or 0), said.out + said.err
 
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 def train(call: Call, output: str, steps: int, *words: str) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from trainer_core.testing.harness import Finished, train
 
@@ -19,14 +18,6 @@ tread = pytest.importorskip("trainer_tread")
 POLICIES = ("full", "ffn", "keep_attention")
 PLUGINS = {"wan": wan.Wan, "umt5": umt5.Umt5, "lora": lora.Lora, "tread": tread.Tread}
 ROUTE = {"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": 1}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from trainer_core.data import load_backends
 from trainer_core.settings.core import BUILTIN_OPTIMIZERS
 from trainer_core.settings.files import read_json
 from trainer_core.settings.load import resolve
+from trainer_core.settings.owners import expected_owner
 from trainer_core.settings.pending import pending_sentences
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +27,10 @@ SHIPPED = sorted(
 LIBRARIES = [path for path in SHIPPED if path.name.startswith("user_prompt_library")]
 DATA = [path for path in SHIPPED if isinstance(read_json(path), list)]
 CONFIGS = [path for path in SHIPPED if path not in (*LIBRARIES, *DATA)]
-SELECTORS = ("model_family", "lora_type", "report_to", "base_model_precision", "optimizer")
+SELECTORS = (
+    "model_family", "lora_type", "report_to", "optimizer", "base_model_precision",
+    "text_encoder_1_precision",
+)  # fmt: skip
 
 
 def name(path: Path) -> str:
@@ -57,15 +62,16 @@ def test_there_are_presets_of_each_kind():
     assert DATA
 
 
-def lacking_for(family: str, catalogue: Catalogue) -> str:
-    """Return what the model's plugin requires and no installed plugin is, empty where all is there."""
-    needs = (
+def lacking_for(content: dict[str, Any], catalogue: Catalogue) -> set[str]:
+    """Return the plugins that are not here and that own a key of a config, or that its model requires."""
+    owners = {owner for key in content if (owner := expected_owner(key)) not in (None, *catalogue)}
+    needs = {
         need
-        for entry in catalogue.providing(f"model_family={family}")
+        for entry in catalogue.providing(f"model_family={content.get('model_family')}")
         for need in entry.info.requires
         if isinstance(need, str) and not catalogue.answering(need)
-    )
-    return next(needs, "")
+    }
+    return {str(owner) for owner in owners} | needs
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
@@ -73,10 +79,12 @@ def test_a_config_resolves_and_so_do_its_datasets(path: Path, workplace: Path):
     catalogue, content = Catalogue.installed(), read_json(path)
     for key in SELECTORS:
         value = content.get(key, "none")
-        if value not in ("none", *BUILTIN_OPTIMIZERS) and not catalogue.providing(f"{key}={value}"):
+        if value not in ("none", "no_change", *BUILTIN_OPTIMIZERS) and not catalogue.providing(
+            f"{key}={value}"
+        ):
             pytest.skip(f"nothing installed provides {key}={value}")
-    if lacking := lacking_for(content.get("model_family", ""), catalogue):
-        pytest.skip(f"nothing installed is {lacking}, which the model requires")
+    if lacking := lacking_for(content, catalogue):
+        pytest.skip(f"{', '.join(sorted(lacking))} is not installed")
     resolved = resolve(workplace / name(path).removesuffix(SUFFIX), environ={}, catalogue=catalogue)
     assert resolved.unused == ()
     data = workplace / resolved.core.data_backend_config

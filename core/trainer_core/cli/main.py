@@ -7,6 +7,7 @@ import sys
 
 import click
 
+from trainer_core.heap import give_back_large_blocks
 from trainer_core.noise import quiet_libraries
 
 COMMANDS = {
@@ -61,6 +62,7 @@ def group() -> None:
 def main(words: list[str] | None = None) -> None:
     """Run the command line and exit: 0, 2 for wrong input, 1 for an error, 130 for Ctrl-C."""
     quiet_libraries()
+    give_back_large_blocks()
     try:
         code = group.main(args=words, prog_name="trainer", standalone_mode=False)
     except click.ClickException as error:

@@ -10,6 +10,7 @@ from types import ModuleType
 
 from trainer_core import capabilities, hookspecs, run, types
 from trainer_core.catalogue import Catalogue
+from trainer_core.planner import occasion
 
 NO_USER_YET: dict[str, str] = {}
 """Hook → why neither core nor a plugin of this repository implements it."""
@@ -28,12 +29,14 @@ def hooks_page(catalogue: Catalogue) -> str:
     """Return ``docs/reference/hooks.md``."""
     lines = ["# Hooks", "", *_prose(inspect.getdoc(hookspecs) or ""), ""]
     lines += [
-        "This page is generated from `hookspecs.py`, `types.py`, `capabilities.py` and `run.py`."
+        "This page is generated from `hookspecs.py`, `types.py`, `planner/occasion.py`, "
+        "`capabilities.py` and `run.py`."
     ]
     for node in hook_nodes():
         lines += _hook(node, catalogue)
     for title, module, about in (
         ("Types", types, "What travels between core and plugins; all are frozen dataclasses."),
+        ("Types of trainer plan", occasion, inspect.getdoc(occasion) or ""),
         ("Capabilities", capabilities, inspect.getdoc(capabilities) or ""),
         ("The run", run, "What a hook gets as `run`, and typed state that plugins share."),
     ):

@@ -12,14 +12,6 @@ from torch import Tensor
 from trainer_group_offload import GroupOffload
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Recording:
     """Transfers on the CPU. While a weight is away nothing can be computed with it.
 

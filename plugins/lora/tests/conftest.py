@@ -22,11 +22,6 @@ from trainer_lora.config import LoraSettings
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def transformer(seed: int = 0) -> Any:
     from diffusers import WanTransformer3DModel
 

@@ -27,10 +27,3 @@ def quantised(linear: nn.Linear, *, kind: str) -> nn.Module:
     layer.freeze()
     made: nn.Module = layer
     return made
-
-
-def version() -> str:
-    """Return the library's version, which takes part in what a quantised encoder is known by."""
-    from importlib import metadata
-
-    return metadata.version("optimum-quanto")

@@ -40,10 +40,3 @@ def load() -> None:
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
-
-
-def version() -> str:
-    """Return the library's version, which takes part in what a quantised encoder is known by."""
-    from importlib import metadata
-
-    return metadata.version("torchao")

@@ -16,14 +16,6 @@ from trainer_wan.flavours import FLAVOURS
 from trainer_wan.testing import TEXT_DIM, write_checkpoint
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("wan") / "tiny", layers=3)

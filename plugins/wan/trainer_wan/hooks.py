@@ -21,7 +21,6 @@ from trainer_core.types import (
     LoadedEncoder,
     ModelSpec,
     Moment,
-    Occasion,
     PluginInfo,
 )
 from trainer_wan import attention
@@ -34,6 +33,7 @@ from trainer_wan.weights import Weights
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainer_core.planner.occasion import Occasion
     from trainer_core.planner.sketch import Sketch
     from trainer_core.run import Run
     from trainer_wan.model import WanModel

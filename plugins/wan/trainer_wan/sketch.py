@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trainer_core.planner.occasion import Occasion
 from trainer_core.run import DROP_VAE_ENCODER, MODEL_ASIDE
-from trainer_core.types import Occasion
 from trainer_wan.flavours import Flavour
 from trainer_wan.model import IMAGE_TOKENS, WanModel, network_of
 from trainer_wan.sampling import TEXT_TOKENS, Given, denoised, settle

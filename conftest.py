@@ -1,8 +1,8 @@
-"""Runs without a model, and short names for what the tests need."""
+"""What every test of the repository gets: one thread, and runs without a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from trainer_core.types import Placement
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread() -> Iterator[None]:
+    """Sum in the same order on every machine, and leave the other cores to the other workers."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -28,10 +29,9 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
 
     def make(*, rank: int = 0, **keys: Any) -> Run:
         said: list[str] = []
-        placement = Placement(torch.device("cpu"), torch.float32, torch.float32)
         run = Run(
             CoreSettings(**keys),
-            placement=placement,
+            placement=Placement(torch.device("cpu"), torch.float32, torch.float32),
             output_dir=tmp_path / "out",
             rank=rank,
             notify=said.append,
