@@ -68,7 +68,7 @@ def apply(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
     compiler, which fuses by itself.
     """
     if not torch.compiler.is_compiling():
-        found = [_affine(layer) for layer in layers]
+        found = [affine_of(layer) for layer in layers]
         affines = [a for a in found if a is not None]
         outs = compute(affines, x) if len(affines) == len(found) else None
         if outs is not None:
@@ -76,7 +76,8 @@ def apply(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
     return tuple(layer(x) for layer in layers)
 
 
-def _affine(layer: nn.Module) -> Affine | None:
+def affine_of(layer: nn.Module) -> Affine | None:
+    """Return what a layer computes, None where it has to be called."""
     if own := getattr(layer, "affine", None):
         return None if _heard(layer) else cast("Affine | None", own())
     return Affine(layer) if _plain(layer) else None
@@ -87,11 +88,24 @@ def _heard(layer: nn.Module) -> bool:
 
 
 def _plain(layer: nn.Module) -> bool:
-    """Whether it is an ``nn.Linear`` whose frozen weights can be read as they lie."""
-    if type(layer) is not nn.Linear or "forward" in vars(layer):
-        return False
-    if _heard(layer):
-        return False
+    """Whether it is a frozen ``nn.Linear`` that may be computed without a call."""
+    heard = listened(layer) and RESIDENT not in vars(layer)
+    return (
+        type(layer) is nn.Linear and "forward" not in vars(layer) and not heard and _frozen(layer)
+    )
+
+
+def dense_of(layer: nn.Module, *, like: Tensor) -> Affine | None:
+    """Return what a layer computes if its base is plain, always there, and of the dtype of ``like``."""
+    own = affine_of(layer)
+    if own is None or RESIDENT in vars(own.base) or not _plain(own.base):
+        return None
+    parts = [t for t in (own.base.weight, own.base.bias) if t is not None]
+    fits = all(t.dtype == like.dtype and t.device == like.device for t in parts)
+    return own if fits else None
+
+
+def _frozen(layer: Any) -> bool:
     own = [t for t in (layer.weight, layer.bias) if t is not None]
     return all(not t.requires_grad and _dense(t) for t in own)
 

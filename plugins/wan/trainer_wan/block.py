@@ -14,6 +14,9 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanTransformerBlock
@@ -26,6 +29,7 @@ from trainer_wan.fused import (
     Turn,
     exact,
     gated_add,
+    gated_feed_forward,
     head_norm,
     layer_norm,
     modulated_norm,
@@ -102,7 +106,24 @@ class _FeedForward:
 
     def __call__(self, x: Tensor) -> Tensor:
         y = _modulate(self.block.norm3, x, self.modulation, 3, self.rows)
-        return gated_add(x, self.block.ffn(y), self.modulation.of(5, self.rows))
+        gate, ffn = self.modulation.of(5, self.rows), self.block.ffn
+        if not _is_plain(ffn) or gate.requires_grad or torch.compiler.is_compiling():
+            return gated_add(x, ffn(y), gate)
+        first, _, last = ffn.net
+        hidden = first.proj(y)  # (B, N, F)
+        own = linear.dense_of(last, like=hidden)
+        if own is not None:
+            return gated_feed_forward(x, hidden, own, gate)
+        return gated_add(x, last(F.gelu(hidden, approximate="tanh")), gate)
+
+
+def _is_plain(ffn: Any) -> bool:
+    """Whether a feed-forward is diffusers' own and drops nothing; its linear layers may be any."""
+    if not untouched(ffn, FeedForward) or len(ffn.net) != 3:
+        return False
+    first, dropout, _ = ffn.net
+    drops = not untouched(dropout, nn.Dropout) or (dropout.p and dropout.training)
+    return untouched(first, GELU) and first.approximate == "tanh" and not drops
 
 
 class Modulation:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from trainer_core.linear import Affine
+
 LOW = (torch.bfloat16, torch.float16)
 
 
@@ -84,9 +86,7 @@ class _GatedAdd(torch.autograd.Function):
         ctx.save_for_backward(y if ctx.needs_input_grad[2] else None, gate)
         ctx.dtype = y.dtype
         with exact(x):
-            if writes_narrow(x.device):
-                return torch.addcmul(x, y, gate, out=torch.empty_like(x))
-            return torch.addcmul(x, y, gate).to(x.dtype)
+            return _gated(x, y, gate)
 
     @staticmethod
     @once_differentiable
@@ -95,13 +95,24 @@ class _GatedAdd(torch.autograd.Function):
         of_y = of_gate = None
         with exact(grad):
             if ctx.needs_input_grad[1]:
-                if writes_narrow(grad.device):
-                    of_y = torch.mul(grad, gate, out=torch.empty_like(grad, dtype=ctx.dtype))
-                else:
-                    of_y = (grad * gate).to(ctx.dtype)
+                of_y = _times(grad, gate, ctx.dtype)
             if y is not None:
                 of_gate = _summed_to(grad.to(gate.dtype) * y, gate.shape)
         return grad, of_y, of_gate
+
+
+def _gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """Return ``x + y * gate`` in x's dtype."""
+    if writes_narrow(x.device):
+        return torch.addcmul(x, y, gate, out=torch.empty_like(x))
+    return torch.addcmul(x, y, gate).to(x.dtype)
+
+
+def _times(grad: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``grad * gate`` as ``dtype``."""
+    if writes_narrow(grad.device):
+        return torch.mul(grad, gate, out=torch.empty_like(grad, dtype=dtype))
+    return (grad * gate).to(dtype)
 
 
 def _summed_to(full: Tensor, shape: torch.Size) -> Tensor:
@@ -223,3 +234,92 @@ class _HeadNorm(torch.autograd.Function):
 def _pairs(heads: Tensor) -> Tensor:
     """Return (B, N, H, d / 2) complex: neighbouring channels of (B, N, H, d), which share its memory."""
     return torch.view_as_complex(heads.unflatten(-1, (-1, 2)))
+
+
+ROWS_AT_ONCE = 4096
+"""Tokens whose activation is computed again at once, for the gradient of an adapter behind it."""
+
+
+def gated_feed_forward(x: Tensor, hidden: Tensor, last: Affine, gate: Tensor) -> Tensor:
+    """Return ``x + last(gelu(hidden)) * gate`` in x's dtype, all but an adapter of ``last`` frozen.
+
+    x: (B, N, D). hidden: (B, N, F). last: F to D, plain, in hidden's dtype. gate: (B, D) or (B, N, D).
+    GELU is its tanh form. All that the backward needs is saved before anything is computed: a recompute
+    that stops at the last tensor that was saved, as that of checkpointing does, leaves the product out.
+    In the backward the gradient of the activation takes the place of the one that it is computed from, so
+    that the widest tensor of a block is there twice instead of three times.
+    """
+    gate = gate.unsqueeze(1) if gate.ndim == 2 else gate
+    weight, bias = last.base.weight, last.base.bias
+    factors = (last.scale, last.down, last.up)
+    link = _SavedFirst.apply(hidden, gate, weight, *factors)  # type: ignore[no-untyped-call] # torch's own
+    known = [None if t is None else t.detach() for t in (hidden, last.down, last.up)]
+    out: Tensor = _FeedForwardEnd.apply(x, link, gate, weight, bias, last.scale, *known)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _SavedFirst(torch.autograd.Function):
+    """Saves what the backward needs, and does it. Its output holds nothing: it leads gradients here."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, gate: Tensor, weight: Tensor, scale: float, down: Tensor | None,
+        up: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(hidden, gate, weight, down, up)
+        ctx.scale = scale
+        return hidden.new_zeros(1).expand(*hidden.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        hidden, gate, weight, down, up = ctx.saved_tensors
+        of_down = of_up = None
+        with exact(grad):
+            rows = _times(grad, gate, weight.dtype).reshape(-1, weight.shape[0])  # (T, D)
+            own = rows @ weight  # (T, F)
+            if down is not None:
+                thin = rows @ (up * ctx.scale).to(rows.dtype)  # (T, r)
+                torch.addmm(own, thin, down.to(rows.dtype), out=own)
+                of_down, of_up = _of_factors(hidden.flatten(0, -2), rows, thin, down, up)
+                of_up.mul_(ctx.scale)
+            own = own.view_as(hidden)
+            torch.ops.aten.gelu_backward.grad_input(own, hidden, approximate="tanh", grad_input=own)
+        return own, None, None, None, of_down, of_up
+
+
+def _of_factors(
+    hidden: Tensor, rows: Tensor, thin: Tensor, down: Tensor, up: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of an adapter's factors, that of ``up`` without the scale."""
+    of_down, of_up = torch.zeros_like(down), torch.zeros_like(up)
+    narrow = down.to(hidden.dtype).t()
+    parts = (t.split(ROWS_AT_ONCE) for t in (hidden, rows, thin))
+    for own, grad, low in zip(*parts, strict=True):
+        active = F.gelu(own, approximate="tanh")
+        of_down += low.t() @ active
+        of_up += grad.t() @ (active @ narrow)
+    return of_down, of_up
+
+
+class _FeedForwardEnd(torch.autograd.Function):
+    """Computes what :class:`_SavedFirst` has the gradient of, and saves nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, link: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None,
+        scale: float, hidden: Tensor, down: Tensor | None, up: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.dtype = link.dtype
+        with exact(x):
+            active = F.gelu(hidden, approximate="tanh").flatten(0, -2)
+            y = F.linear(active, weight, bias)
+            if down is not None and up is not None:
+                thin = active @ down.to(y.dtype).t()
+                torch.addmm(y, thin, up.to(y.dtype).t(), alpha=scale, out=y)
+            return _gated(x, y.view_as(x), gate)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return grad, grad.to(ctx.dtype), *(None,) * 7
