@@ -112,12 +112,14 @@ class BlockFlops:
     """Operations of one block's forward, 2 for each multiply and add.
 
     weights: products of video tokens with weights. attention: products of tokens with tokens, self-
-    and cross-attention. text: products of text tokens with weights, the same for any video.
+    and cross-attention. text: products of text tokens with weights, the same for any video. spared: of
+    ``weights``, what a recompute of the block leaves out while they are frozen.
     """
 
     weights: float
     attention: float
     text: float
+    spared: float = 0.0
 
 
 @dataclass(frozen=True)

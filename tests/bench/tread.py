@@ -42,6 +42,7 @@ def cost(num_tokens: int) -> Cost:
         (12 * WIDTH**2 + 4 * WIDTH * FFN) * num_tokens,
         4 * WIDTH * num_tokens * (num_tokens + TEXT),
         4 * TEXT * WIDTH**2,
+        2 * WIDTH * FFN * num_tokens,
     )
 
 

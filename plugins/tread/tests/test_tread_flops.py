@@ -106,6 +106,7 @@ def test_resolved_routes_of_the_pages_examples():
     [
         "forward",
         "LoRA, checkpointing",
+        "LoRA, checkpointing, our blocks",
         pytest.param("full", marks=pytest.mark.slow),
         pytest.param("full, checkpointing", marks=pytest.mark.slow),
     ],
@@ -121,6 +122,9 @@ def test_the_progressive_example_executes_what_the_model_says(make_run, mode: st
     blocks = torch.nn.ModuleList(
         transformer_wan.WanTransformerBlock(width, ffn, 2, cross_attn_norm=True) for _ in range(30)
     )
+    block = wan(width, ffn, num_text)
+    if "our blocks" in mode:
+        pytest.importorskip("trainer_wan.block").take_over(blocks)
     stack = BlockStack(blocks, policy="full" if "checkpointing" in mode else "none")
     blocks.train().requires_grad_("full" in mode)
     grad = mode != "forward"
@@ -149,7 +153,7 @@ def test_the_progressive_example_executes_what_the_model_says(make_run, mode: st
             out.sum().backward()
     passes = {"forward": FORWARD, "full": Passes(3, 3, 3), "full, checkpointing": FULL}
     wanted = total(
-        wan(width, ffn, num_text),
+        block if "our blocks" not in mode else lambda n: (*block(n), 2 * width * ffn * n),
         num_blocks=30,
         num_tokens=num_tokens,
         routes=[(b - a + 1, num_kept(num_tokens, drop)) for (a, b), drop in found],

@@ -10,22 +10,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-Cost = tuple[float, float, float]
-"""Operations of one block's forward: products with weights, attention, products of the text."""
+Cost = Sequence[float]
+"""Operations of one block's forward: products with weights, attention, products of the text; and, where
+there is a fourth, of the first what a recompute leaves out.
+"""
 
 
 @dataclass(frozen=True)
 class Passes:
-    """How often each part of the forward is computed in a step, backward included."""
+    """How often each part of the forward is computed in a step, backward included.
+
+    spared: how often what a recompute may leave out is left out.
+    """
 
     weights: float
     attention: float
     text: float
+    spared: float = 0.0
 
     def of(self, cost: Cost) -> float:
         """Return the operations of one block in a step."""
-        weights, attention, text = cost
-        return self.weights * weights + self.attention * attention + self.text * text
+        weights, attention, text, *rest = cost
+        whole = self.weights * weights + self.attention * attention + self.text * text
+        return whole - self.spared * sum(rest)
 
 
 FORWARD = Passes(1, 1, 1)
@@ -41,7 +48,7 @@ def training_passes(*, trains_weights: bool, recomputes: bool) -> Passes:
     again = 1 if recomputes else 0
     if trains_weights:
         return Passes(3 + again, 3 + again, 3 + again)
-    return Passes(2 + again, 3 + again, 1 + again)
+    return Passes(2 + again, 3 + again, 1 + again, spared=again)
 
 
 def total(

@@ -163,7 +163,7 @@ def modelled(
 
     def block(num_tokens: int) -> flops.Cost:
         cost = model.block_flops(num_tokens)
-        return cost.weights, cost.attention, cost.text
+        return cost.weights, cost.attention, cost.text, cost.spared
 
     return flops.speed_up(
         block,

@@ -113,6 +113,7 @@ class WanModel(AuthorsNames):
             weights=(12 * width**2 + 4 * width * ffn) * num_tokens,
             attention=4 * width * num_tokens * (num_tokens + text),
             text=4 * text * width**2,
+            spared=2 * width * ffn * num_tokens,  # see trainer_wan.fused.gated_feed_forward
         )
 
     def token_grid(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
