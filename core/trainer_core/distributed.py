@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -57,6 +58,22 @@ def _device(name: str) -> torch.device:
         text = f"cannot be used: {str(error).splitlines()[0]}."
         raise ConfigError([Problem("device", text, name, way_out=way_out)]) from error
     return device
+
+
+def begin_peak(device: torch.device) -> int:
+    """Return the memory that is taken now, and let :func:`peak_bytes` forget what was taken before.
+
+    Where the system cannot forget (not Linux), the peak so far is returned.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return peak_bytes(device)
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_bytes(device: torch.device) -> int:

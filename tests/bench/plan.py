@@ -127,7 +127,8 @@ def main() -> None:
         print("RESULT", json.dumps(compare(given.folder.resolve(), given.case)))
         return
     rows = []
-    for name in CASES:
+    for name, (blocks, _) in CASES.items():
+        write_model(given.folder.resolve(), blocks)
         command = [sys.executable, __file__, str(given.folder), "--case", name]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

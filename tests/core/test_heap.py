@@ -63,3 +63,26 @@ def test_freed_blocks_go_back_to_the_system():
 )
 def test_what_the_user_chose_stays(environ: dict[str, str]):
     assert not give_back_large_blocks(environ)
+
+
+PEAKS = """
+import json
+import torch
+from trainer_core.distributed import begin_peak, peak_bytes
+
+cpu = torch.device("cpu")
+large = torch.ones(80 * 2**20)
+del large
+before = peak_bytes(cpu)
+base = begin_peak(cpu)
+small = torch.ones(20 * 2**20)
+print(json.dumps({"before": before, "base": base, "peak": peak_bytes(cpu)}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system can forget a peak")
+def test_a_peak_begins_anew():
+    done = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["before"] - found["base"] > 300 * 2**20  # 320 MiB were there, and are gone
+    assert found["peak"] - found["base"] == pytest.approx(80 * 2**20, rel=0.05)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer_core import session
-from trainer_core.distributed import peak_bytes
+from trainer_core.distributed import begin_peak, peak_bytes
 from trainer_core.planner.rehearse import Forecast
 from trainer_core.planner.report import gib, readable
 
@@ -60,7 +60,7 @@ def probe(
     """Train three steps below ``output`` and remove what they wrote; the caches stay."""
     folder = output / FOLDER
     shutil.rmtree(folder, ignore_errors=True)
-    base = peak_bytes(device)
+    base = begin_peak(device)
     resolved, host = prepare({**QUIET, "output_dir": str(folder)})
     try:
         session.run(resolved, host)

@@ -312,14 +312,23 @@ class _FeedForwardEnd(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.dtype = link.dtype
         with exact(x):
-            active = F.gelu(hidden, approximate="tanh").flatten(0, -2)
-            y = F.linear(active, weight, bias)
-            if down is not None and up is not None:
-                thin = active @ down.to(y.dtype).t()
-                torch.addmm(y, thin, up.to(y.dtype).t(), alpha=scale, out=y)
+            y = _last(F.gelu(hidden, approximate="tanh"), weight, bias, scale, down, up)
             return _gated(x, y.view_as(x), gate)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return grad, grad.to(ctx.dtype), *(None,) * 7
+
+
+def _last(
+    active: Tensor, weight: Tensor, bias: Tensor | None, scale: float, down: Tensor | None,
+    up: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Return the last layer's output (T, D); ``active`` is gone by then."""
+    active = active.flatten(0, -2)
+    y = F.linear(active, weight, bias)
+    if down is not None and up is not None:
+        thin = active @ down.to(y.dtype).t()
+        torch.addmm(y, thin, up.to(y.dtype).t(), alpha=scale, out=y)
+    return y
