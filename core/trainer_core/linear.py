@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 RESIDENT = "resident"
 """Attribute of a layer whose weights come and go: in ``with layer.resident():`` they are there.
@@ -30,6 +31,10 @@ RESIDENT = "resident"
 Who moves weights with hooks on single layers sets it, on the layer and on the wrapper that its hooks
 hang on, so that they can be computed without a call.
 """
+
+
+WEIGHT_ONLY = "weight_only"
+"""Attribute of a layer that stores its weight in fewer bits and rounds nothing else."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def affine_of(layer: nn.Module) -> Affine | None:
     """Return what a layer computes, None where it has to be called."""
     if own := getattr(layer, "affine", None):
         return None if _heard(layer) else cast("Affine | None", own())
-    return Affine(layer) if _plain(layer) else None
+    return Affine(layer) if _plain(layer) or WEIGHT_ONLY in vars(layer) else None
 
 
 def _heard(layer: nn.Module) -> bool:
@@ -95,14 +100,26 @@ def _plain(layer: nn.Module) -> bool:
     )
 
 
-def dense_of(layer: nn.Module, *, like: Tensor) -> Affine | None:
-    """Return what a layer computes if its base is plain, always there, and of the dtype of ``like``."""
-    own = affine_of(layer)
-    if own is None or RESIDENT in vars(own.base) or not _plain(own.base):
+def readable(layer: nn.Module, *, like: Tensor) -> Affine | None:
+    """Return what a layer computes if the weight of its base can be had at any time by :func:`restored`.
+
+    A plain base has the dtype of ``like``; a stored one rounds its weight and nothing else.
+    """
+    own = affine_of(layer) if RESIDENT not in vars(layer) else None
+    if own is None or listened(own.base) or "forward" in vars(own.base):
         return None
     parts = [t for t in (own.base.weight, own.base.bias) if t is not None]
-    fits = all(t.dtype == like.dtype and t.device == like.device for t in parts)
-    return own if fits else None
+    if any(t.requires_grad or t.device != like.device for t in parts):
+        return None
+    if WEIGHT_ONLY in vars(own.base):
+        return own
+    return own if _plain(own.base) and all(t.dtype == like.dtype for t in parts) else None
+
+
+def restored(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weight that products see: of a stored one a dense copy."""
+    is_stored = is_traceable_wrapper_subclass(weight)
+    return (weight.dequantize() if is_stored else weight).to(dtype)
 
 
 def _frozen(layer: Any) -> bool:

@@ -172,6 +172,8 @@ def quantise_linears(
     import torch
     from torch import nn
 
+    from trainer_core.linear import WEIGHT_ONLY
+
     sizes = sizes or Sizes()
     for name, child in list(root.named_modules()):
         if type(child) is not nn.Linear:
@@ -181,6 +183,7 @@ def quantise_linears(
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             made = convert(child.to(dtype))
         made.requires_grad_(False).train(child.training)
+        setattr(made, WEIGHT_ONLY, True)
         root.set_submodule(name, made)
         sizes.after += stored_bytes(made.weight)  # type: ignore[arg-type]  # of a linear layer
     return sizes

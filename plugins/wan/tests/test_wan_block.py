@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
+from trainer_core import linear
 from trainer_core.blocks import BlockStack, TokenContext
 from trainer_core.linear import Affine
 from trainer_core.planner.live import Operations
+from trainer_core.quantising import quantise_linears
 from trainer_core.testing.counting import counted, kept_bytes, memory_of
 from trainer_core.types import ForwardPlan, Route
 from trainer_wan.block import PARTS, take_over
@@ -413,8 +415,9 @@ class Adapted(nn.Module):
     def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
         super().__init__()
         self.base, self.scale = base, scale
-        self.down = nn.Parameter(torch.randn(rank, base.in_features, dtype=base.weight.dtype))
-        self.up = nn.Parameter(torch.randn(base.out_features, rank, dtype=base.weight.dtype))
+        dtype = base.weight.dtype
+        self.down = nn.Parameter(torch.randn(rank, base.in_features).to(dtype))
+        self.up = nn.Parameter(torch.randn(base.out_features, rank).to(dtype))
 
     def affine(self) -> Affine:
         return Affine(self.base, self.down, self.up, self.scale)
@@ -448,6 +451,42 @@ def test_the_end_of_a_feed_forward_is_theirs(dtype: torch.dtype, wise: bool, bia
     gate = torch.randn(*((2, 5, 12) if wise else (2, 12)), dtype=wide)
     for a, b in zip(*both_ends(layer, gate, tokens, hidden), strict=True):
         assert torch.equal(a, b)  # the same operators on the same numbers
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["frozen", "adapted"])
+@pytest.mark.parametrize("package", ["quanto", "torchao"])
+@pytest.mark.parametrize("width", [0, 1], ids=["int8", "fp8"])
+def test_a_last_layer_in_8_bits_has_the_gradient_of_its_rounded_weight(package, width, rank):
+    """And a recompute leaves its product out, too."""
+    weights = pytest.importorskip(f"trainer_{package}.weights")
+    stock, ours = pair()
+    kind = weights.KINDS[width]
+    for block in (stock, ours):
+        block.requires_grad_(False)
+        quantise_linears(
+            block, lambda layer: weights.quantised(layer, kind=kind), dtype=torch.float32
+        )
+        if rank:
+            torch.manual_seed(2)
+            block.ffn.net[2] = Adapted(block.ffn.net[2], rank, 0.7)
+    given = world()
+    assert linear.readable(ours.ffn.net[2], like=given[0]) is not None
+    expected = results(stock, given)
+    assert not differences(results(ours, given), expected)
+    dense = [p for p in expected if p.startswith("ffn")]
+    assert len(dense) == (2 if rank else 0)
+    stack, seen = BlockStack(nn.ModuleList([ours]), policy="full", parts=PARTS), []
+    base = ours.ffn.net[2].base if rank else ours.ffn.net[2]
+    real = type(base).forward
+
+    def counting(layer, x):
+        seen.append(layer is base)
+        return real(layer, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(base), "forward", counting)
+        run_of(stack, [given[0], *(t.detach() for t in given[1:3]), given[3]]).sum().backward()
+    assert sum(seen) == 1
 
 
 def test_an_adapter_at_the_end_of_a_feed_forward_gets_its_gradients(monkeypatch):

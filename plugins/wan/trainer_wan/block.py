@@ -111,7 +111,7 @@ class _FeedForward:
             return gated_add(x, ffn(y), gate)
         first, _, last = ffn.net
         hidden = first.proj(y)  # (B, N, F)
-        own = linear.dense_of(last, like=hidden)
+        own = linear.readable(last, like=hidden)
         if own is not None:
             return gated_feed_forward(x, hidden, own, gate)
         return gated_add(x, last(F.gelu(hidden, approximate="tanh")), gate)

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from trainer_core.linear import Affine
+from trainer_core.linear import Affine, restored
 
 LOW = (torch.bfloat16, torch.float16)
 
@@ -243,18 +243,17 @@ ROWS_AT_ONCE = 4096
 def gated_feed_forward(x: Tensor, hidden: Tensor, last: Affine, gate: Tensor) -> Tensor:
     """Return ``x + last(gelu(hidden)) * gate`` in x's dtype, all but an adapter of ``last`` frozen.
 
-    x: (B, N, D). hidden: (B, N, F). last: F to D, plain, in hidden's dtype. gate: (B, D) or (B, N, D).
+    x: (B, N, D). hidden: (B, N, F). last: F to D, readable. gate: (B, D) or (B, N, D).
     GELU is its tanh form. All that the backward needs is saved before anything is computed: a recompute
     that stops at the last tensor that was saved, as that of checkpointing does, leaves the product out.
     In the backward the gradient of the activation takes the place of the one that it is computed from, so
     that the widest tensor of a block is there twice instead of three times.
     """
     gate = gate.unsqueeze(1) if gate.ndim == 2 else gate
-    weight, bias = last.base.weight, last.base.bias
     factors = (last.scale, last.down, last.up)
-    link = _SavedFirst.apply(hidden, gate, weight, *factors)  # type: ignore[no-untyped-call] # torch's own
+    link = _SavedFirst.apply(hidden, gate, last.base.weight, *factors)  # type: ignore[no-untyped-call] # torch's own
     known = [None if t is None else t.detach() for t in (hidden, last.down, last.up)]
-    out: Tensor = _FeedForwardEnd.apply(x, link, gate, weight, bias, last.scale, *known)  # type: ignore[no-untyped-call]
+    out: Tensor = _FeedForwardEnd.apply(x, link, gate, last.base, last.scale, *known)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -276,8 +275,8 @@ class _SavedFirst(torch.autograd.Function):
         hidden, gate, weight, down, up = ctx.saved_tensors
         of_down = of_up = None
         with exact(grad):
-            rows = _times(grad, gate, weight.dtype).reshape(-1, weight.shape[0])  # (T, D)
-            own = rows @ weight  # (T, F)
+            rows = _times(grad, gate, hidden.dtype).reshape(-1, weight.shape[0])  # (T, D)
+            own = rows @ restored(weight, rows.dtype)  # (T, F)
             if down is not None:
                 thin = rows @ (up * ctx.scale).to(rows.dtype)  # (T, r)
                 torch.addmm(own, thin, down.to(rows.dtype), out=own)
@@ -307,28 +306,28 @@ class _FeedForwardEnd(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, link: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None,
-        scale: float, hidden: Tensor, down: Tensor | None, up: Tensor | None,
+        ctx: Any, x: Tensor, link: Tensor, gate: Tensor, base: nn.Module, scale: float,
+        hidden: Tensor, down: Tensor | None, up: Tensor | None,
     ) -> Tensor:  # fmt: skip
         ctx.dtype = link.dtype
         with exact(x):
-            y = _last(F.gelu(hidden, approximate="tanh"), weight, bias, scale, down, up)
+            y = _last(F.gelu(hidden, approximate="tanh"), base, scale, down, up)
             return _gated(x, y.view_as(x), gate)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return grad, grad.to(ctx.dtype), *(None,) * 7
+        return grad, grad.to(ctx.dtype), *(None,) * 6
 
 
 def _last(
-    active: Tensor, weight: Tensor, bias: Tensor | None, scale: float, down: Tensor | None,
-    up: Tensor | None,
-) -> Tensor:  # fmt: skip
+    active: Tensor, base: nn.Module, scale: float, down: Tensor | None, up: Tensor | None
+) -> Tensor:
     """Return the last layer's output (T, D); ``active`` is gone by then."""
     active = active.flatten(0, -2)
-    y = F.linear(active, weight, bias)
+    y: Tensor = base(active)
     if down is not None and up is not None:
+        y = y.clone() if y._is_view() else y
         thin = active @ down.to(y.dtype).t()
         torch.addmm(y, thin, up.to(y.dtype).t(), alpha=scale, out=y)
     return y
