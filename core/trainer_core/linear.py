@@ -29,9 +29,10 @@ RESIDENT = "resident"
 """Attribute of a layer whose weights come and go: in ``with layer.resident():`` they are there.
 
 Who moves weights with hooks on single layers sets it, on the layer and on the wrapper that its hooks
-hang on, so that they can be computed without a call.
+hang on, so that they can be computed without a call. Its hooks have the attribute :data:`MOVES`.
 """
-
+MOVES = "moves_weights"
+"""Attribute of hooks that ``resident`` stands for; a layer with any other is called."""
 
 WEIGHT_ONLY = "weight_only"
 """Attribute of a layer that stores its weight in fewer bits and rounds nothing else."""
@@ -52,13 +53,14 @@ class Affine:
 
 
 def listened(module: nn.Module) -> bool:
-    """Return whether hooks hang on a module, which only a call of the module runs."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+    """Return whether hooks hang on a module that only a call of the module runs."""
+    kinds = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
     )
+    return any(not getattr(hook, MOVES, False) for hooks in kinds for hook in hooks.values())
 
 
 def untouched(module: nn.Module, kind: type) -> bool:
@@ -84,20 +86,13 @@ def apply(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
 def affine_of(layer: nn.Module) -> Affine | None:
     """Return what a layer computes, None where it has to be called."""
     if own := getattr(layer, "affine", None):
-        return None if _heard(layer) else cast("Affine | None", own())
+        return None if listened(layer) else cast("Affine | None", own())
     return Affine(layer) if _plain(layer) or WEIGHT_ONLY in vars(layer) else None
-
-
-def _heard(layer: nn.Module) -> bool:
-    return listened(layer) and RESIDENT not in vars(layer)
 
 
 def _plain(layer: nn.Module) -> bool:
     """Whether it is a frozen ``nn.Linear`` that may be computed without a call."""
-    heard = listened(layer) and RESIDENT not in vars(layer)
-    return (
-        type(layer) is nn.Linear and "forward" not in vars(layer) and not heard and _frozen(layer)
-    )
+    return untouched(layer, nn.Linear) and _frozen(layer)
 
 
 def readable(layer: nn.Module, *, like: Tensor) -> Affine | None:
@@ -106,7 +101,7 @@ def readable(layer: nn.Module, *, like: Tensor) -> Affine | None:
     A plain base has the dtype of ``like``; a stored one rounds its weight and nothing else.
     """
     own = affine_of(layer) if RESIDENT not in vars(layer) else None
-    if own is None or listened(own.base) or "forward" in vars(own.base):
+    if own is None or RESIDENT in vars(own.base) or not untouched(own.base, type(own.base)):
         return None
     parts = [t for t in (own.base.weight, own.base.bias) if t is not None]
     if any(t.requires_grad or t.device != like.device for t in parts):
@@ -143,21 +138,29 @@ def compute(affines: Sequence[Affine], x: Tensor) -> tuple[Tensor, ...] | None:
     adapters = [t for a in affines for t in (a.down, a.up) if t is not None]
     if any(t.device != x.device or not (casts or t.dtype == dtype) for t in adapters):
         return None
-    with ExitStack() as stack:
-        for a in affines:
-            if RESIDENT in vars(a.base):
-                stack.enter_context(vars(a.base)[RESIDENT]())
-        if all(_plain(a.base) for a in affines):
-            own = [t for a in affines for t in (a.base.weight, a.base.bias) if t is not None]
-            if all(t.dtype == dtype and t.device == x.device for t in own):
-                return _joint(affines, x, dtype)
-        if not adapters or any(_heard(a.base) for a in affines):
+    resident = [vars(a.base)[RESIDENT] for a in affines if RESIDENT in vars(a.base)]
+    plain = all(_plain(a.base) for a in affines) and all(t.dtype == dtype for t in _own(affines))
+    if not plain:
+        moved = len(affines) > 1 and bool(resident)  # those layers see to themselves when called
+        if moved or not adapters or any(listened(a.base) for a in affines):
             return None
+    with ExitStack() as stack:
+        for there in resident:
+            stack.enter_context(there())
+        if plain:
+            here = all(t.device == x.device for t in _own(affines))
+            return _joint(affines, x, dtype) if here else None
         outs = [a.base(x) for a in affines]
         if any(t.dtype != dtype or not t.is_contiguous() for t in outs):
             return None
         # autograd takes no view of a tensor to be changed in place
         return _added(affines, x, [t.clone() if t._is_view() else t for t in outs], dtype)
+
+
+def _own(affines: Sequence[Affine]) -> list[Tensor]:
+    """Return the weights and biases of plain bases."""
+    bases: list[Any] = [a.base for a in affines]
+    return [t for base in bases for t in (base.weight, base.bias) if t is not None]
 
 
 def _joint(affines: Sequence[Affine], x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -196,9 +199,11 @@ class _Joint(torch.autograd.Function):
                 out = F.linear(rows, weight, bias)
                 if hidden is not None:
                     torch.addmm(out, hidden, up.to(dtype).t(), alpha=scale, out=out)
-                outs.append(out.view(*x.shape[:-1], -1))
+                outs.append(out.view(*x.shape[:-1], out.shape[-1]))
         trains = any(hidden is not None for hidden in thin)
-        ctx.save_for_backward(rows if trains else None, *thin, *parts)
+        needed = ctx.needs_input_grad[0]
+        kept = [(weight if needed else None, down, up) for weight, _, down, up in layers]
+        ctx.save_for_backward(rows if trains else None, *thin, *(t for k in kept for t in k))
         ctx.scales, ctx.dtype, ctx.shape, ctx.x_dtype = scales, dtype, x.shape, x.dtype
         return tuple(outs)
 
@@ -207,14 +212,14 @@ class _Joint(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         rows, *rest = ctx.saved_tensors
         count = len(ctx.scales)
-        thin, layers = rest[:count], _grouped(rest[count:], 4)
+        thin, layers = rest[:count], _grouped(rest[count:], 3)
         with torch.autocast(grads[0].device.type, enabled=False):
             flat = [g.to(ctx.dtype).reshape(-1, g.shape[-1]) for g in grads]  # (T, out)
             of_x = None
             if ctx.needs_input_grad[0]:
                 for grad, (weight, *_) in zip(flat, layers, strict=True):
                     of_x = _plus(of_x, grad, weight)
-            adapters = [(down, up) for _, _, down, up in layers]
+            adapters = [(down, up) for _, down, up in layers]
             of_x, of_factors = _backward(adapters, ctx.scales, thin, rows, flat, of_x)
             if of_x is not None:
                 of_x = of_x.view(ctx.shape).to(ctx.x_dtype)

@@ -183,10 +183,18 @@ def quantise_linears(
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             made = convert(child.to(dtype))
         made.requires_grad_(False).train(child.training)
-        setattr(made, WEIGHT_ONLY, True)
+        if _can_be_restored(made, child):
+            setattr(made, WEIGHT_ONLY, True)
         root.set_submodule(name, made)
         sizes.after += stored_bytes(made.weight)  # type: ignore[arg-type]  # of a linear layer
     return sizes
+
+
+def _can_be_restored(made: nn.Module, plain: nn.Linear) -> bool:
+    """Whether :func:`trainer_core.linear.restored` gives the weight that the layer computes with."""
+    weight: Any = made.weight
+    of_tensors = bool(inner_tensors(weight)) and hasattr(weight, "dequantize")
+    return of_tensors and tuple(weight.shape) == (plain.out_features, plain.in_features)
 
 
 def stored_bytes(tensor: Tensor) -> int:

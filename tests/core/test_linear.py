@@ -257,7 +257,12 @@ def test_weights_that_come_and_go_are_there_when_they_are_needed():
         layer.weight.data = nothing
 
     layer.weight.data = nothing
-    layer.register_forward_pre_hook(lambda *_: seen.append("called"))
+
+    def moves(*_: Any) -> None:
+        seen.append("called")
+
+    setattr(moves, linear.MOVES, True)
+    layer.register_forward_pre_hook(moves)
     layer.resident = resident  # type: ignore[assignment]
     adapted = Adapted(layer, 1.0, WIDTH)
     x = torch.randn(ROWS, WIDTH)
@@ -266,3 +271,31 @@ def test_weights_that_come_and_go_are_there_when_they_are_needed():
     torch.testing.assert_close(out, expected)
     assert seen == ["there"]
     assert layer.weight.numel() == 0
+    layer.register_forward_hook(lambda *_: seen.append("heard"))
+    layer.weight.data = whole
+    linear.apply([adapted], x)
+    assert seen[1:] == ["called", "heard"]  # by others, so that the layer is called
+
+
+def test_stored_weights_that_come_and_go_are_left_to_the_layers():
+    """They would come for the attempt, and once more for the call."""
+    layers, seen = layers_of("stored"), []
+    for layer in layers:
+        layer.base.resident = lambda: seen.append("there")  # type: ignore[union-attr, assignment]
+    affines = [layer.affine() for layer in layers]  # type: ignore[operator]
+    assert linear.compute(affines, torch.randn(ROWS, WIDTH)) is None
+    assert seen == []
+
+
+def test_tokens_that_are_none_at_all():
+    layers = layers_of("mixed")
+    assert [tuple(out.shape) for out in linear.apply(layers, torch.randn(0, WIDTH))] == [
+        (0, WIDTH)
+    ] * 3
+
+
+def test_of_tokens_without_a_gradient_no_weight_is_kept():
+    layers, x = big()
+    factors = [p for layer in layers for p in (layer.down, layer.up)]  # type: ignore[union-attr]
+    kept = kept_bytes(lambda: linear.apply(layers, x)[0].sum(), besides=factors)  # type: ignore[arg-type]
+    assert kept < 1.1 * x.nbytes  # a weight is half of that

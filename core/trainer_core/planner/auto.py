@@ -108,7 +108,7 @@ def settle(
     assert known is not None  # a way was chosen
     if known.peak.name != TRAINING and (most := needed(known)) > room:
         sentence += (
-            f". {known.peak.name} needs {most / GIB:.2f} GiB, which no policy of training changes: "
+            f". {known.peak.name} needs {most / GIB:.2f} GiB, which this does not change: "
             "trainer plan --vram tells what does"
         )
     return way.keys, sentence

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer_core.planner.rehearse import ENCODING, SAMPLES, TRAINING, Forecast, Phase
@@ -17,11 +17,16 @@ SHARE_LOST = 0.04
 
 @dataclass(frozen=True)
 class Remedy:
-    """Settings that need less. about: what it costs. phases: beginnings of the phases that it helps."""
+    """Settings that need less.
+
+    about: what it costs. phases: beginnings of the phases that it helps. instead: switches that cannot
+    stand beside it, and are not needed then.
+    """
 
     keys: Mapping[str, Any]
     about: str
     phases: tuple[str, ...] = (TRAINING,)
+    instead: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return ", ".join(f"{key} {_shown(value)}" for key, value in self.keys.items())
@@ -65,6 +70,7 @@ REMEDIES: tuple[Remedy, ...] = (
         {"enable_group_offload": True, "group_offload_use_stream": True},
         "frozen blocks come from host memory; free where a block computes longer than it travels",
         (TRAINING, SAMPLES),
+        instead=("enable_model_cpu_offload", "wan_one_expert_resident"),
     ),
     Remedy(
         {"enable_chunked_feed_forward": True},
@@ -109,23 +115,33 @@ def ladder(
 
     capacity: bytes. current: a key → its value in the run. forecast: overrides, and whether they
     touch encoders → what the run would need, None where they are refused (a plugin that is not
-    installed). Those that change nothing, or
-    do not help the phase that needs most, are passed over.
+    installed). Those that change nothing, or do not help the phase that needs most, are passed over, and
+    tried again once another phase needs most.
     """
     keys: dict[str, Any] = {}
-    at = begin
-    for remedy in remedies:
-        if needed(at) <= capacity:
+    at, left = begin, list(remedies)
+    no_help: set[tuple[int, str]] = set()  # what was tried for a phase
+    encoding = False
+    while needed(at) > capacity:
+        for remedy in left:
+            known = (id(remedy), at.peak.name)
+            applies = at.peak.name.startswith(remedy.phases) and known not in no_help
+            if not applies or all(current(key) == value for key, value in remedy.keys.items()):
+                continue
+            off = {k: False for k in remedy.instead if keys.get(k, current(k))}
+            whole = replace(remedy, keys={**remedy.keys, **off})
+            touches = encoding or ENCODING in remedy.phases
+            tried = forecast({**keys, **whole.keys}, touches)
+            if tried is not None and needed(tried) < needed(at):
+                break
+            no_help.add(known)
+        else:
             return
-        fits_phase = at.peak.name.startswith(remedy.phases)
-        if not fits_phase or all(current(key) == value for key, value in remedy.keys.items()):
-            continue
-        tried = forecast({**keys, **remedy.keys}, ENCODING in remedy.phases)
-        if tried is None or needed(tried) >= needed(at):
-            continue
-        keys |= remedy.keys
+        left.remove(remedy)
+        encoding = touches
+        keys |= whole.keys
         at = tried
-        yield Rung(remedy, at)
+        yield Rung(whole, at)
 
 
 def _shown(value: Any) -> str:

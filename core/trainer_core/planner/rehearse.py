@@ -205,7 +205,9 @@ class Rehearsal:
             self.operations = operations.total * micro
             state = [v for s in optimizer.state.values() for v in s.values() if _is_tensor(v)]
             self.at_home = self._at_home(parameters)
-            self.beside = [*averages, *state]
+            # while samples come from the averages, the trained weights wait beside them
+            waits = ema is not None and run.settings.ema_validation != "none"
+            self.beside = [*averages, *state, *(torch.empty_like(p) for p in parameters if waits)]
             live.peak -= self.at_home
             self._add(TRAINING, live, {
                 "frozen weights": num_bytes(frozen) - self.at_home,
@@ -298,7 +300,8 @@ class Rehearsal:
         ]
         for plugin in plugins:
             if (resident := getattr(plugin, "resident_bytes", None)) is not None:
-                return rest + sum(sum(blocks) - int(resident(blocks)) for blocks in stacks)
+                # blocks that come one by one: what rests are the same weights
+                return sum(sum(blocks) - int(resident(blocks)) for blocks in stacks)
         return rest
 
     def _frozen(self, trained: Sequence[Tensor]) -> list[Tensor]:

@@ -129,6 +129,7 @@ class StoredIn8Bits(nn.Linear):
         self.weight = nn.Parameter(stored, requires_grad=False)
         self.bias = linear.bias
         self.register_buffer("scale", linear.weight.detach()[:, :1].clone())
+        self.weight_only = True  # for trainer_core.linear, as layers that are stored have it
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the product."""

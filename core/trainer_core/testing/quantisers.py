@@ -4,6 +4,7 @@
         name = "mine"
         plugin = Mine
         int8, fp8 = "int8-mine", "fp8-mine"
+        adapter = ("lora", Lora)
 
 The rounding itself is held against closed forms, then a whole Wan transformer against its float32 self,
 then the real loop over the tiny model with a LoRA on top.
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer_core.errors import ConfigError
+from trainer_core.linear import readable, restored
 from trainer_core.quantising import Quantiser, inner_tensors, quantise_linears
 from trainer_core.testing.harness import Finished, attempt, train
 
@@ -108,6 +110,15 @@ class QuantiserContract:
         expected = rounded(layer).sum(0).expand_as(x)
         assert x.grad is not None
         assert torch.allclose(x.grad, expected, rtol=1e-4, atol=1e-4)
+
+    def test_a_weight_that_is_read_is_the_one_that_products_see(self, kind: str) -> None:
+        root = nn.Sequential(linear())
+        quantise_linears(root, lambda layer: self.quantised(layer, kind), dtype=torch.float32)
+        own = readable(root[0], like=examples())
+        if own is None:
+            pytest.skip("its weight cannot be read, so the layer is always called")
+        weight = restored(root[0].weight, torch.float32)  # type: ignore[arg-type]
+        assert torch.allclose(weight, rounded(root[0]), rtol=1e-4, atol=1e-5)
 
     def test_bfloat16_goes_in_and_comes_out(self, width: str, kind: str) -> None:
         layer = self.quantised(linear(dtype=torch.bfloat16), kind)

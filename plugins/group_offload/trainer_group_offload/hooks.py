@@ -76,7 +76,7 @@ class GroupOffload:
     def resident_bytes(self, blocks: Sequence[int]) -> int:
         """Return what of blocks of so many bytes is on the accelerator at once, for ``trainer plan``.
 
-        Layer by layer: at the most a third of a block, about the size of its largest layer.
+        Layer by layer: a third of a block, the size of its largest layer or of query, key and value.
         """
         if self.settings.group_offload_type == "leaf_level":
             return max(blocks) // 3
@@ -121,7 +121,8 @@ class GroupOffload:
         if self.settings.group_offload_type == "leaf_level":
             groups = self._leaves(run, role, blocks)
             leaf = LeafResidency(groups, _wrappers(blocks))
-            self._tell(run, role, groups, at_once=1)
+            of_a_block = sum(group.nbytes for group in groups) // len(blocks)
+            self._tell(run, role, groups, most=self.resident_bytes([of_a_block]))
             return Residency("group_offload", names, leaf.before, leaf.after, role=role)
         size, ahead = (
             self.settings.group_offload_blocks_per_group,
@@ -131,7 +132,8 @@ class GroupOffload:
             run, role, [blocks[i : i + size] for i in range(0, len(blocks), size)]
         )
         mover = BlockResidency(groups, per_group=size, num_blocks=len(blocks), ahead=ahead)
-        self._tell(run, role, groups, at_once=2 if ahead else 1)
+        most = (2 if ahead else 1) * max(group.nbytes for group in groups)
+        self._tell(run, role, groups, most=most)
         return Residency(
             "group_offload", names, mover.before, mover.after, role=role, saving=mover.saving
         )
@@ -175,14 +177,13 @@ class GroupOffload:
             if getattr(self.settings, name) != fields[name].default
         ]
 
-    def _tell(self, run: Run, role: str, groups: Sequence[Group], *, at_once: int) -> None:
+    def _tell(self, run: Run, role: str, groups: Sequence[Group], *, most: int) -> None:
         gib = 2**30
         total = sum(group.nbytes for group in groups) / gib
-        most = at_once * max(group.nbytes for group in groups) / gib
         where = self.settings.group_offload_to_disk_path or "host memory"
         run.say(
-            f"group offload: {total:.2f} GiB of {role} lie in {where}, at most {most:.2f} GiB of it on "
-            f"the accelerator ({len(groups)} groups)"
+            f"group offload: {total:.2f} GiB of {role} lie in {where}, at most {most / gib:.2f} GiB "
+            f"of it on the accelerator ({len(groups)} groups)"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from trainer_core.linear import RESIDENT
+from trainer_core.linear import MOVES, RESIDENT
 from trainer_group_offload.groups import Group
 
 
@@ -118,8 +118,12 @@ class LeafResidency:
         for group in groups:
             layer = group.slots[0].module
             called = wrappers.get(layer, layer)
-            called.register_forward_pre_hook(lambda *_, group=group: _come(group))
-            called.register_forward_hook(lambda *_, group=group: group.drop(), always_call=True)
+            come, go = (
+                _hook(lambda *_, group=group: _come(group)),
+                _hook(lambda *_, group=group: group.drop()),
+            )
+            called.register_forward_pre_hook(come)
+            called.register_forward_hook(go, always_call=True)
             for module in {layer, called}:
                 setattr(module, RESIDENT, partial(_there, group))
 
@@ -128,6 +132,12 @@ class LeafResidency:
 
     def after(self, index: int, phase: str) -> None:
         """Nothing."""
+
+
+def _hook(act: Callable[..., None]) -> Callable[..., None]:
+    """Mark what :func:`_there` stands for where a layer is computed without being called."""
+    setattr(act, MOVES, True)
+    return act
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
-from trainer_core.linear import Affine, compute
+from trainer_core.linear import Affine, compute, untouched
 
 
 def take_over(layer: nn.Module, adapter: str) -> None:
@@ -35,6 +35,10 @@ def affine(layer: Any) -> Affine | None:
     down, up = layer.lora_A[name], layer.lora_B[name]
     if drops or name in layer.lora_variant or up.bias is not None:
         return None
+    if not (untouched(down, nn.Linear) and untouched(up, nn.Linear)):
+        return None
+    if getattr(vars(layer).get("forward"), "__func__", None) is not forward:
+        return None  # somebody put another one in its place
     return Affine(layer.base_layer, down.weight, up.weight, float(layer.scaling[name]))
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from trainer_core import MODEL_ASIDE, ConfigError, PluginInfo, hookimpl
 from trainer_core.testing.harness import attempt, train
@@ -31,8 +33,8 @@ class Recorder(ModelOffload):
         LOG.clear()
         run.state[MODEL_ASIDE] = lambda: self.aside(run)
 
-    def move(self, run: Any, device: torch.device) -> None:
-        super().move(run, device)
+    def move(self, parts: Any, devices: Any) -> None:
+        super().move(parts, devices)
         LOG.append("back" if LOG and LOG[-1] == "decode" else "aside")
 
 
@@ -57,13 +59,16 @@ def test_the_model_is_aside_while_samples_are_decoded_and_back_afterwards(tmp_pa
     assert done.events == plain.events
 
 
-def test_it_comes_back_after_an_error():
+def test_all_comes_back_to_where_it_was_after_an_error_too():
+    """One of two layers rests in host memory, and stays there."""
     plugin, moved = ModelOffload(settings=None), []  # type: ignore[arg-type]
-    plugin.move = lambda run, device: moved.append(str(device))  # type: ignore[method-assign]
-    run = type("Run", (), {"device": torch.device("cuda", 0)})()
+    plugin.move = lambda parts, devices: moved.append([d.type for d in devices])  # type: ignore[method-assign]
+    awake, rests = nn.Linear(1, 1, device="meta"), nn.Linear(1, 1)
+    model = SimpleNamespace(networks={"a": awake, "b": rests}, modules={"a": awake})
+    run: Any = SimpleNamespace(device=torch.device("cuda", 0), model=model)
     with pytest.raises(ValueError, match="no room"), plugin.aside(run):
         raise ValueError("no room")
-    assert moved == ["cpu", "cuda:0"]
+    assert moved == [["cpu"] * 4, ["meta", "meta", "cpu", "cpu"]]
 
 
 def test_on_the_cpu_it_says_that_it_has_no_effect(tmp_path: Path):

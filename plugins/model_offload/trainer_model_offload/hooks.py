@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from trainer_model_offload.config import ModelOffloadSettings
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from trainer_core.run import Run
 
@@ -43,20 +44,25 @@ class ModelOffload:
 
     @contextmanager
     def aside(self, run: Run) -> Iterator[None]:
-        """Have every weight in host memory within; parameters stay the same objects."""
+        """Have every weight in host memory within; parameters stay the same objects.
+
+        Each comes back to where it was: an expert that rests in host memory stays there.
+        """
         import torch
 
-        self.move(run, torch.device("cpu"))
+        modules = (*run.model.networks.values(), *run.model.modules.values())
+        every = [part for module in modules for part in (*module.parameters(), *module.buffers())]
+        parts = list({id(part): part for part in every}.values())
+        devices = [part.device for part in parts]
+        self.move(parts, [torch.device("cpu")] * len(parts))
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()  # gives back what the accelerator had for them
         try:
             yield
         finally:
-            self.move(run, run.device)
+            self.move(parts, devices)
 
-    def move(self, run: Run, device: torch.device) -> None:
-        """Move all roles of the model, and give back what the accelerator had for them."""
-        import torch
-
-        for module in (*run.model.networks.values(), *run.model.modules.values()):
-            module.to(device)
-        if device.type == "cpu" and run.device.type == "cuda":
-            torch.cuda.empty_cache()
+    def move(self, parts: Sequence[Tensor], devices: Sequence[torch.device]) -> None:
+        """Move each part to its device."""
+        for part, device in zip(parts, devices, strict=True):
+            part.data = part.data.to(device)

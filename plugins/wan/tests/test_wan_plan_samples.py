@@ -176,7 +176,7 @@ def test_the_other_stage_counts_where_it_is_loaded_for_samples(world: Path, chec
     more = {**both, "model_flavour": "t2v-14b-2.2-high"}
     alone = foretold(world, **more)
     with_other = foretold(world, **more, wan_validation_load_other_stage=True)
-    in_turns = foretold(
+    in_turns = foretold(  # the second comes when the first has gone
         world, **more, wan_validation_load_other_stage=True, wan_one_expert_resident=True
     )
     frozen = alone["training"].parts["frozen weights"]
@@ -184,6 +184,31 @@ def test_the_other_stage_counts_where_it_is_loaded_for_samples(world: Path, chec
     assert gained == pytest.approx(frozen, rel=0.01)
     assert with_other[DECODING].num_bytes == alone[DECODING].num_bytes
     assert in_turns[DENOISING].num_bytes == alone[DENOISING].num_bytes
+
+
+def test_blocks_that_come_one_by_one_are_not_taken_off_twice(world: Path, checkpoints):
+    offload = pytest.importorskip("trainer_group_offload")
+    name = "t2v-14b-2.2-both"
+    more = {"pretrained_model_name_or_path": str(checkpoints(name)), "model_flavour": name}
+    both = {"enable_group_offload": True, "wan_one_expert_resident": True}
+    catalogue = Catalogue.of({**PLUGINS, "group_offload": offload.GroupOffload})
+    chosen = keys(world, **more, **both) | {"plugins": ["wan", "lora", "group_offload"]}
+    resolved = resolve(chosen, environ={}, catalogue=catalogue)
+    host = build(resolved, catalogue=catalogue, builtins=(Flow(), Optimizers()))
+    begun = prepare(resolved, host, display=Display.silent())
+    found = rehearse.forecast(begun.run, host)
+    assert min(size for phase in found.phases for size in phase.parts.values()) >= 0
+    blocks = [m for s in begun.run.model.stacks().values() for m in s.blocks]
+    frozen = num_bytes(p for b in blocks for p in b.parameters() if not p.requires_grad)
+    assert 0 < found.host < frozen
+
+
+def test_averages_that_samples_come_from_let_the_weights_wait_beside_them(world: Path):
+    plain = foretold(world, use_ema=True, ema_validation="none")
+    swapped = foretold(world, use_ema=True)
+    trained = plain["training"].parts["trained weights"]
+    for phase in (DENOISING, DECODING):
+        assert swapped[phase].parts[BESIDE] - plain[phase].parts[BESIDE] == trained
 
 
 def test_decoding_that_does_not_fit_has_remedies(world: Path):

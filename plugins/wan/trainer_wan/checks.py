@@ -109,13 +109,20 @@ def check_whole(flavour: Flavour, weights: Weights, *, needed: Sequence[str]) ->
         raise ConfigError([Problem(BASE, text, value=weights.source, way_out=way_out)])
 
 
-def check_keys(
-    flavour: Flavour, settings: WanSettings, *, model_type: str, blocks_move: bool = False
-) -> None:
-    """Raise ConfigError for keys that would have no effect with the flavour; all at once.
+def check_rest(settings: WanSettings, *, blocks_move: bool) -> None:
+    """Raise ConfigError where an expert should rest whose blocks somebody else moves.
 
-    blocks_move: a plugin of the run moves the blocks of the model between memories.
+    blocks_move: a plugin of the run moves the blocks of the model between memories, which is known once
+    all plugins have checked the run.
     """
+    if settings.wan_one_expert_resident and blocks_move:
+        text = "has no effect: a plugin of the run moves the blocks one by one."
+        key = "wan_one_expert_resident"
+        raise ConfigError([Problem(key, text, value=True, way_out="Remove it.")])
+
+
+def check_keys(flavour: Flavour, settings: WanSettings, *, model_type: str) -> None:
+    """Raise ConfigError for keys that would have no effect with the flavour; all at once."""
     problems = []
 
     def no_effect(key: str, why: str) -> None:
@@ -131,8 +138,6 @@ def check_keys(
         no_effect(
             "wan_one_expert_resident", "model_type full trains all weights, which have to stay"
         )
-    if settings.wan_one_expert_resident and blocks_move:
-        no_effect("wan_one_expert_resident", "a plugin of the run moves the blocks one by one")
     two = flavour.stage == "both" or settings.wan_validation_load_other_stage
     if settings.wan_one_expert_resident and not two:
         no_effect("wan_one_expert_resident", "one expert is loaded as it is")

@@ -24,7 +24,14 @@ from trainer_core.types import (
     PluginInfo,
 )
 from trainer_wan import attention
-from trainer_wan.checks import check_keys, check_repo, check_vae, check_weights, check_whole
+from trainer_wan.checks import (
+    check_keys,
+    check_repo,
+    check_rest,
+    check_vae,
+    check_weights,
+    check_whole,
+)
 from trainer_wan.config import WanSettings, chunk_of
 from trainer_wan.experts import check_names, check_weights_apart
 from trainer_wan.flavours import Flavour, Shape, choose
@@ -68,7 +75,6 @@ class Wan:
             flavour,
             self.settings,
             model_type=run.settings.model_type,
-            blocks_move=run.placement.blocks is not None,
         )
         weights = self._locate(run)
         check_names(flavour, weights)
@@ -115,6 +121,7 @@ class Wan:
         """Return the VAE, which writes ``latents`` (C, f, h, w) float32, normalised, and what makes
         the model's view of given frames of them.
         """
+        check_rest(self.settings, blocks_move=run.placement.blocks is not None)
         flavour = choose(run.settings.model_flavour)
         found = [self._encoder(run, VAE, "latents", {})]
         if frames := flavour.given_frames:

@@ -96,7 +96,10 @@ def _networks(
         files = weights.transformer(role, own=False)
         transformer, _ = load_transformer(files, dtype=run.placement.dtype)
         # nobody moves the blocks of a network that is here for a moment
-        networks[role] = network_of(transformer, placement=replace(run.placement, blocks=None))
+        placement = replace(run.placement, blocks=None)
+        if settings.wan_one_expert_resident:  # it comes when the trained one has gone
+            placement = replace(placement, blocks=torch.device("cpu"))
+        networks[role] = network_of(transformer, placement=placement)
     resting = None
     if settings.wan_one_expert_resident and len(flavour.roles) == 1:
         resting = Resting(networks, device=run.device)
