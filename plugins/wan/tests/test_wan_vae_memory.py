@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from trainer_core.run import MODEL_ASIDE, State
-from trainer_core.types import Prompt
+from trainer_core.types import Placement, Prompt
 from trainer_wan import Wan, vae
 from trainer_wan.config import WanSettings
 from trainer_wan.testing import write_checkpoint
@@ -74,7 +74,7 @@ def run_of(checkpoint: Path, **keys: Any) -> Any:
     said: list[str] = []
     return SimpleNamespace(
         settings=SimpleNamespace(**settings), device=CPU, state=State(), said=said, say=said.append,
-        file_digest=lambda path: path.name,
+        file_digest=lambda path: path.name, placement=Placement(CPU, torch.float32, torch.float32),
     )  # fmt: skip
 
 
