@@ -8,11 +8,12 @@ from trainer_core.testing.quantisers import QuantiserContract
 from trainer_quanto import Quanto
 
 pytest.importorskip("optimum.quanto")
-lora = pytest.importorskip("trainer_lora")
 
 
 class TestQuanto(QuantiserContract):
     name = "quanto"
     plugin = Quanto
     int8, fp8 = "int8-quanto", "fp8-quanto"
-    adapter = ("lora", lora.Lora)
+
+    def adapter(self) -> tuple[str, type]:
+        return "lora", pytest.importorskip("trainer_lora").Lora

@@ -13,7 +13,6 @@ from trainer_core.testing.quantisers import KEYS, QuantiserContract
 from trainer_torchao import TorchAO
 
 pytest.importorskip("torchao")
-lora = pytest.importorskip("trainer_lora")
 
 
 class Dynamic(TorchAO):
@@ -33,10 +32,13 @@ class TestTorchAO(QuantiserContract):
     name = "torchao"
     plugin = TorchAO
     int8, fp8 = "int8-torchao", "fp8-torchao"
-    adapter = ("lora", lora.Lora)
+
+    def adapter(self) -> tuple[str, type]:
+        return "lora", pytest.importorskip("trainer_lora").Lora
 
 
 def test_rounded_inputs_let_no_gradient_through_and_end_the_run(tmp_path: Path):
+    lora = pytest.importorskip("trainer_lora")
     keys = {**KEYS, "base_model_precision": TestTorchAO.int8}
     done = attempt(tmp_path, plugins={"torchao": Dynamic, "lora": lora.Lora}, settings=keys)
     assert isinstance(done.error, ConfigError), done.error
