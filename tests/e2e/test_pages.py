@@ -52,6 +52,7 @@ def run(line: str, folder: Path) -> None:
 
 
 def test_the_readmes_commands_without_make_train_and_judge(tmp_path: Path):
+    pytest.importorskip("trainer_tensorboard")  # the demo's config reports to it
     for name in ("config", "plugins"):
         (tmp_path / name).symlink_to(ROOT / name)
     (block,) = (b for b in fenced("README.md", "sh") if "venv" in b)
